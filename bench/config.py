@@ -1,0 +1,201 @@
+"""Command line of the bench scripts: timm's flags, recipes as their defaults, and one line for a user's mistake."""
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+import timm_sd  # noqa: F401  (registers the models)
+
+RECIPES = Path(__file__).parent / 'recipes'
+
+
+class UserError(Exception):
+    """A mistake the user can mend: its message names the thing, the value and the way out, in one line."""
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a script's `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, for an error message."""
+    names = list(names)
+    return ', '.join(difflib.get_close_matches(name, names, n=4, cutoff=0.3) or sorted(names)[:8])
+
+
+def check_model_name(name: str) -> None:
+    """Raises UserError, with the nearest names, unless timm's registry has `name` (a tag is allowed)."""
+    if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(name):
+        return
+    raise UserError(f'no model {name!r}; nearest: {nearest(name, timm.list_models() + timm.list_models("sd_*"))}')
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line too, without the usage of fifty flags in front of it."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> Any:
+        raise UserError(f'{message}; --help lists the flags')
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(('.yaml', '.yml')) else RECIPES / f'{name}.yaml'
+    if not path.is_file():
+        recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
+        raise UserError(f'no recipe {name!r}; nearest: {nearest(name, recipes)}, or give a YAML file')
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f'recipe {path}: {" ".join(str(error).split())}') from error
+    if not isinstance(recipe, dict):
+        raise UserError(f'recipe {path} must be a mapping of flag names to values')
+    return recipe
+
+
+def _key_value(text: str) -> list[Any]:
+    key, equals, value = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    return [key, yaml.safe_load(value)]
+
+
+class _KeyValues(argparse.Action):
+    """timm's `--model-kwargs key=value ...`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what the data is, common to train.py and validate.py."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', help="Hub data set, folder of parquet files, or 'digits' (ships with scikit-learn)")
+    group.add_argument('--dataset-config', help='configuration of a Hub data set that has several')
+    group.add_argument('--data-dir', help='local folder to load instead of --dataset')
+    group.add_argument('--input-key', help='column of the images; found by its type if there is only one')
+    group.add_argument('--target-key', help='column of the labels; found by its type if there is only one')
+    group.add_argument('--num-classes', type=int, help='checked against the data')
+    group.add_argument('--img-size', type=int, help='side of the images in pixels; they are resized if theirs differs')
+    group.add_argument('--mean', type=float, nargs='+', help="mean of each channel (default: the model's)")
+    group.add_argument('--std', type=float, nargs='+', help="standard deviation of each channel (default: the model's)")
+    group.add_argument('-b', '--batch-size', type=int, default=128, help='images a process and step')
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what the network is, common to train.py and validate.py."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='sd_resnet110_cifar', help="timm's name of the network")
+    group.add_argument('--pretrained', action='store_true', help='start from the published weights')
+    group.add_argument('--model-kwargs', nargs='*', type=_key_value, action=_KeyValues, default={},
+                       metavar='KEY=VALUE')
+    group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
+    group.add_argument('--channels-last', action=argparse.BooleanOptionalAction, default=True)
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The flags of train.py, as far as they exist timm's own."""
+    parser = _Parser('Trains a network with stochastic depth.')
+    parser.add_argument('-c', '--config', default='quickstart', metavar='NAME_OR_FILE', help='recipe')
+    add_data_flags(parser)
+    parser.add_argument('--train-split', default='train', help="'+' joins several")
+    parser.add_argument('--val-split', help='split to select by (default: held out of the training split)')
+    parser.add_argument('--test-split', default='test')
+    parser.add_argument('--val-per-class', type=int, nargs='+', default=[500],
+                        help='images of each class held out for validation, one number for each joined split')
+    add_model_flags(parser)
+    group = parser.add_argument_group('stochastic depth')
+    group.add_argument('--drop-path', type=float, dest='drop_path', help="1 - p_L (default: the model's)")
+    group.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES)
+    group.add_argument('--drop-path-scale', choices=timm_sd.SCALES)
+    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
+
+    group = parser.add_argument_group('optimisation')
+    group.add_argument('--opt', default='sgd', help="timm's name; its sgd is Nesterov")
+    group.add_argument('--lr', type=float, default=0.1)
+    group.add_argument('--momentum', type=float, default=0.9)
+    group.add_argument('--weight-decay', type=float, default=1e-4)
+    group.add_argument('--filter-bias-and-bn', action=argparse.BooleanOptionalAction, default=False,
+                       help='no weight decay on biases and BN (the paper decays all)')
+    group.add_argument('--smoothing', type=float, default=0., help='label smoothing')
+    group.add_argument('--epochs', type=int, default=500)
+    group.add_argument('--sched', default='multistep')
+    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule every update')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[250, 375], metavar='EPOCH')
+    group.add_argument('--decay-rate', type=float, default=0.1)
+    group.add_argument('--min-lr', type=float, default=0.)
+    group.add_argument('--warmup-epochs', type=int, default=0)
+    group.add_argument('--warmup-lr', type=float, default=1e-5)
+    group.add_argument('--warmup-constant', action='store_true', help='stay at --warmup-lr instead of climbing from it')
+
+    group = parser.add_argument_group('augmentation')
+    group.add_argument('--crop-padding', type=int, default=4, help='pixels of zeros around, then a random crop')
+    group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--seed', type=int, default=0)
+    group.add_argument('--output', default='output/train', help='folder of the run folders')
+    group.add_argument('--experiment', help='name of the run folder (default: time, model and image size)')
+    group.add_argument('--resume', help="'auto', or a run folder to go on with")
+    group.add_argument('--threads', type=int, help='CPU threads a process (default: cores / processes)')
+    group.add_argument('--checkpoint-hist', type=int, default=2, help='checkpoints to keep')
+    group.add_argument('--log-interval', type=int, default=20, help='steps between updates of the progress bar')
+    return parser
+
+
+def validate_parser() -> argparse.ArgumentParser:
+    """The flags of validate.py."""
+    parser = _Parser('Evaluates a registered model or a checkpoint.')
+    add_data_flags(parser)
+    add_model_flags(parser)
+    parser.add_argument('--split', default='test')
+    parser.add_argument('--checkpoint', help='safetensors file, such as model.safetensors of a run folder')
+    parser.add_argument('--results-file', help='CSV to write')
+    parser.set_defaults(model=None, dataset='uoft-cs/cifar10')
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line over the defaults of the recipe that `-c` names.
+
+    Raises:
+        UserError: If a flag, the recipe or a key in it is unknown, or a value has the wrong type.
+    """
+    recipe = _recipe(parser.parse_args(argv).config) if parser.get_default('config') else {}
+    actions = {action.dest: action for action in parser._actions}
+    for key in recipe:
+        if key not in actions or key in ('config', 'help'):
+            raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(key, actions)}')
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    for flag in ('batch_size', 'epochs'):
+        if getattr(args, flag, 1) < 1:
+            raise UserError(f'--{flag.replace("_", "-")} is {getattr(args, flag)}; it must be at least 1')
+    return args
+
+
+def default_amp(device_type: str) -> bool:
+    """Whether bf16 autocast is faster than fp32 there: on GPUs, and on CPUs with bf16 instructions (2.5 times)."""
+    import torch
+    if device_type != 'cpu':
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def set_hub_quiet() -> None:
+    """Keeps the bars of `datasets` out of the way where a terminal isn't looking."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')

@@ -1,0 +1,87 @@
+"""One epoch of training, one pass of evaluation. Loss and accuracy stay on the device between logs."""
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from data import Batches
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def autocast(device: torch.device, enabled: bool) -> Autocast:
+    """What to run the forward pass in: bf16 autocast, or nothing."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def train_epoch(
+        model: nn.Module,
+        batches: Batches,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        accelerator: Accelerator,
+        amp: Autocast,
+        epoch: int,
+        bar: tqdm,
+        smoothing: float = 0.,
+        log_interval: int = 20,
+) -> float:
+    """Trains one epoch.
+
+    Args:
+        model: The network, prepared by `accelerator` as is `optimizer`.
+        batches: Training batches, already set to this epoch.
+        optimizer: Its optimiser.
+        scheduler: timm's scheduler; stepped by update here, by epoch in the caller.
+        accelerator: Says who we are among the processes.
+        amp: See `autocast`.
+        epoch: From 0, for the scheduler.
+        bar: The progress bar of the run, which counts images.
+        smoothing: Label smoothing.
+        log_interval: Steps between updates of the progress bar, each of which waits for the device once.
+
+    Returns:
+        The mean training loss of this epoch over all processes.
+    """
+    model.train()
+    total = torch.zeros(2, device=accelerator.device)  # sum of losses, images
+    for step, (x, target, size) in enumerate(batches):
+        with amp():
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=smoothing)
+        # DDP averages over the ranks, whose shares of the last batch may differ: divide by the whole batch here.
+        accelerator.backward(loss * (accelerator.num_processes / size))
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step_update(epoch * len(batches) + step + 1)
+        total += torch.stack([loss.detach(), loss.new_tensor(len(target))])
+        if (step + 1) % log_interval == 0:
+            bar.set_postfix(loss=f'{(total[0] / total[1]).item():.4f}', refresh=False)
+        bar.update(size)
+    loss_sum, images = accelerator.reduce(total).tolist()
+    return loss_sum / images
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: Autocast) -> dict[str, float]:
+    """Evaluates on all images, each process on its share.
+
+    Returns:
+        `loss`, and `top1` and `top5` in percent.
+    """
+    model.eval()
+    total = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, top-1 and top-5 hits, images
+    for x, target, _ in batches:
+        with amp():
+            logits = model(x)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        loss = F.cross_entropy(logits, target, reduction='sum')
+        total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(target))]).double()
+    loss_sum, top1, top5, images = accelerator.reduce(total).tolist()
+    return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images)

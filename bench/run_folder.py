@@ -1,0 +1,168 @@
+"""The run folder, the only thing that passes between bench tools, and its files, each replaced in one piece.
+
+    args.yaml            every flag                      results.json         errors, time, hardware, versions
+    summary.csv          one row an epoch                model.safetensors    the best epoch's weights, plain network
+    checkpoints/         what --resume goes on from      curves.png
+"""
+import csv
+import io
+import json
+import os
+import sys
+import zipfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+
+from config import UserError
+
+# flags that may differ between a run and its resumption: they change nothing that is computed
+_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads')
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file in one piece: after a crash or on a full disk the old one is still there, whole.
+
+    Raises:
+        UserError: If the file can't be written.
+    """
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'{path} can not be written ({error.strerror}); free some space and go on with --resume auto: '
+                        'what was saved before is good') from error
+
+
+class RunFolder:
+    """One run's folder; nothing is written before `create`.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / 'checkpoints'
+
+    def create(self, args: dict[str, Any]) -> None:
+        """Makes the folder and writes args.yaml, unless it is there already.
+
+        Raises:
+            UserError: If the folder can't be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'output folder {self.path} can not be written ({error.strerror}); '
+                            'choose another with --output') from error
+        if not (self.path / 'args.yaml').exists():
+            write_atomic(self.path / 'args.yaml', yaml.safe_dump(args).encode())
+
+    def read_args(self) -> dict[str, Any] | None:
+        """args.yaml, or None if there is none."""
+        path = self.path / 'args.yaml'
+        return yaml.safe_load(path.read_text()) if path.exists() else None
+
+    def read_results(self) -> dict[str, Any] | None:
+        """results.json, or None before the run is complete."""
+        path = self.path / 'results.json'
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_atomic(self.path / 'results.json', (json.dumps(results, indent=2) + '\n').encode())
+
+    def write_summary(self, rows: list[dict[str, float]]) -> None:
+        """Writes summary.csv, with timm's columns."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path / 'summary.csv', text.getvalue().encode())
+
+    def best_weights(self, epoch: int) -> Path:
+        """Where the weights of the best epoch lie until the run is complete."""
+        return self.checkpoints / f'best-{epoch:04d}.safetensors'
+
+    def write_weights(self, path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """Writes a plain network's weights as safetensors; the metadata's values become strings."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        texts = {key: str(value) for key, value in metadata.items()}
+        write_atomic(path, safetensors.torch.save(tensors, dict(texts, format='pt')))
+
+    def save_checkpoint(self, state: dict[str, Any], history: int) -> None:
+        """Saves the state after `state['epoch']` epochs, then removes all but the last `history`."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
+        for old in sorted(self.checkpoints.glob('checkpoint-*.pt'))[:-max(history, 1)]:
+            old.unlink()
+        # One more than the checkpoints kept: each of them may name weights of its own, and a resume needs them.
+        for old in sorted(self.checkpoints.glob('best-*.safetensors'))[:-max(history, 1) - 1]:
+            old.unlink()
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint, or None; a damaged one is passed over with a warning."""
+        for path in sorted(self.checkpoints.glob('checkpoint-*.pt'), reverse=True):
+            try:
+                return _load(path)
+            except Exception as error:  # zipfile, pickle and torch each have their own for a damaged file
+                print(f'warning: {path} is damaged ({" ".join(str(error).split())[:80]}); trying the one before',
+                      file=sys.stderr, flush=True)
+        return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch.load doesn't check the CRCs
+    if damaged is not None:
+        raise ValueError(f'wrong CRC in {damaged}')
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _differences(args: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    keys = args.keys() & old.keys() - set(_FREE)
+    return [f'{key} {old[key]} -> {args[key]}' for key in sorted(keys) if args[key] != old[key]]
+
+
+def find_run_folder(args: dict[str, Any], name: str) -> RunFolder:
+    """The folder that these flags mean: a new one, or with `resume` the one to go on with.
+
+    Args:
+        args: The flags. 'auto' for `resume` means the folder of `experiment`, or without one the newest folder under
+            `output` with the same flags, or a new one if there is none.
+        name: What a new folder is called, behind the time.
+
+    Raises:
+        UserError: If a new run would overwrite an old one, or the flags differ from those of the run to go on with.
+    """
+    output, resume = Path(args['output']), args['resume']
+    folder = RunFolder(output / (args['experiment'] or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'))
+    if resume not in (None, 'auto'):
+        folder = RunFolder(Path(resume))
+        if folder.read_args() is None:
+            raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
+    elif resume == 'auto' and not args['experiment']:
+        for path in sorted(output.glob('*/args.yaml'), key=lambda path: path.stat().st_mtime, reverse=True):
+            candidate = RunFolder(path.parent)
+            if not _differences(args, candidate.read_args() or {}):
+                return candidate
+    old = folder.read_args()
+    if old is not None:
+        if resume is None:
+            raise UserError(f'run folder {folder.path} exists; go on with --resume auto, or choose '
+                            'another --experiment')
+        differences = _differences(args, old)
+        if differences:
+            raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences)}); '
+                            'use the same, or choose another --experiment')
+    return folder

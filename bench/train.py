@@ -1,0 +1,276 @@
+"""Trains a network with stochastic depth: accelerate launch bench/train.py -c RECIPE [timm's flags].
+
+Without arguments it runs the recipe `quickstart`, on data that scikit-learn ships, in under a minute.
+"""
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from torch import nn
+from tqdm import tqdm
+
+import timm_sd
+from config import UserError, check_model_name, default_amp, parse, run, set_hub_quiet, train_parser
+from data import Batches, ImageSet, concatenate, hold_out, load_image_set
+from engine import Autocast, autocast, evaluate, train_epoch
+from figures import save_curves
+from run_folder import RunFolder, find_run_folder
+
+
+def load_data(args: Any, progress: bool) -> tuple[ImageSet, ImageSet, ImageSet]:
+    """Training, validation and test images. The validation part comes out of the training part, never of the test."""
+    name = args.data_dir or args.dataset
+
+    def load(split: str) -> ImageSet:
+        return load_image_set(name, split, args.dataset_config, args.input_key, args.target_key, args.img_size,
+                              progress)
+
+    parts = [load(split) for split in args.train_split.split('+')]
+    if args.val_split:
+        return concatenate(parts), load(args.val_split), load(args.test_split)
+    if len(args.val_per_class) != len(parts):
+        raise UserError(f'--val-per-class wants {len(parts)} numbers for --train-split {args.train_split}, '
+                        f'not {len(args.val_per_class)}')
+    divided = [hold_out(part, per_class) for part, per_class in zip(parts, args.val_per_class, strict=True)]
+    return concatenate([train for train, _ in divided]), concatenate([val for _, val in divided]), load(args.test_split)
+
+
+def check_sizes(args: Any, parts: dict[str, ImageSet]) -> None:
+    """All parts must have the classes and the image size that the network is built for."""
+    classes, size = len(parts['train'].class_names), parts['train'].images.shape[2:]
+    if args.num_classes not in (None, classes):
+        raise UserError(f'--num-classes is {args.num_classes}, but the data has {classes} classes; leave it out')
+    for name, part in parts.items():
+        if part.images.shape[2:] != size or len(part.class_names) != classes:
+            raise UserError(f'{name} images are {tuple(part.images.shape[2:])} in {len(part.class_names)} classes, '
+                            f'those of training {tuple(size)} in {classes}; resize with --img-size')
+
+
+def build_model(args: Any, num_classes: int, image_size: int) -> Any:
+    """The network of the flags.
+
+    Raises:
+        UserError: If a flag doesn't suit it, or the images aren't of its size and --img-size doesn't say so.
+    """
+    check_model_name(args.model)
+    drop_path = dict(drop_path_rate=args.drop_path, drop_path_schedule=args.drop_path_schedule,
+                     drop_path_scale=args.drop_path_scale)
+    kwargs = {key: value for key, value in drop_path.items() if value is not None}
+    if args.model.startswith('sd_'):
+        kwargs['drop_path_seed'] = args.seed
+    try:
+        model: Any = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes,
+                                       **kwargs, **args.model_kwargs)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f'--model {args.model}: {" ".join(str(error).split())}') from error
+    expected = model.pretrained_cfg['input_size'][-1]
+    if args.img_size is None and image_size != expected:
+        raise UserError(f'images are {image_size} px, {args.model} wants {expected}; resize with --img-size '
+                        f'{expected}, or keep theirs with --img-size {image_size}')
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def raw_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor as it is. A state_dict won't do for a bit-exact resume: with scale='eval' it is folded."""
+    return {name: tensor.detach() for tensors in (model.named_parameters(), model.named_buffers())
+            for name, tensor in tensors}
+
+
+@torch.no_grad()
+def load_raw_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    for name, tensor in raw_state(model).items():
+        tensor.copy_(state[name])
+
+
+class Run(NamedTuple):
+    """What a training works with."""
+    args: Any
+    accelerator: Accelerator
+    amp: Autocast
+    model: nn.Module
+    batches: dict[str, Batches]
+    folder: RunFolder
+
+
+def header(job: Run) -> str:
+    """One line: device, precision, processes, network, data, gates."""
+    args, device = job.args, job.accelerator.device
+    dtype = 'bf16' if args.amp else 'fp32'
+    layout = ', channels_last' if args.channels_last else ''
+    sizes = '/'.join(str(len(batches.data)) for batches in job.batches.values())
+    gates = timm_sd.depth_gates(job.model)
+    depth = 'constant depth' if gates is None else (
+        f'p_L {1 - gates.drop_path_rates[-1]:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks')
+    return (f'{device} ({torch.get_num_threads()} threads), {dtype}{layout} | '
+            f'{job.accelerator.num_processes} process(es) x batch {args.batch_size} | {args.model} | '
+            f'{args.data_dir or args.dataset} {sizes} train/val/test | {depth} | {job.folder.path}')
+
+
+def create_schedule(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+    """timm's scheduler of the flags."""
+    scheduler, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(args))
+    if args.warmup_constant:  # timm's warm-up always climbs
+        scheduler.warmup_steps = [0.] * len(optimizer.param_groups)
+    return scheduler
+
+
+def train(job: Run) -> dict[str, Any]:
+    """Trains all epochs that a checkpoint doesn't hold already; returns the rows of summary.csv and the best epoch."""
+    args, accelerator, folder = job.args, job.accelerator, job.folder
+    batches, gates = job.batches['train'], timm_sd.depth_gates(job.model)
+    model, optimizer = accelerator.prepare(job.model, create_optimizer_v2(
+        job.model, opt=args.opt, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+        filter_bias_and_bn=args.filter_bias_and_bn))
+    scheduler = create_schedule(args, optimizer, len(batches))
+    state: dict[str, Any] = dict(epoch=0, best_epoch=0, best_top1=-1., rows=[])
+    checkpoint = folder.load_checkpoint() if args.resume else None
+    if checkpoint is not None:
+        state = {key: checkpoint[key] for key in state}
+        load_raw_state(job.model, checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scheduler.load_state_dict(checkpoint['scheduler'])
+        torch.set_rng_state(checkpoint['rng'])
+    scheduler.step(state['epoch'])
+    scheduler.step_update(state['epoch'] * len(batches))
+
+    with tqdm(total=args.epochs * len(batches.data), initial=state['epoch'] * len(batches.data), unit=' images',
+              mininterval=1. if sys.stderr.isatty() else 60., disable=not accelerator.is_main_process) as bar:
+        for epoch in range(state['epoch'], args.epochs):
+            bar.set_description(f'epoch {epoch + 1}/{args.epochs}', refresh=False)
+            batches.set_epoch(epoch)
+            if gates is not None:
+                gates.set_epoch(epoch)
+            lr, start = optimizer.param_groups[0]['lr'], time.perf_counter()
+            train_loss = train_epoch(model, batches, optimizer, scheduler, accelerator, job.amp, epoch, bar,
+                                     args.smoothing, args.log_interval)
+            seconds = time.perf_counter() - start
+            if not math.isfinite(train_loss):
+                raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; lower --lr {args.lr}')
+            val = evaluate(job.model, job.batches['val'], accelerator, job.amp)
+            scheduler.step(epoch + 1, val['top1'])
+            state['rows'].append(dict(epoch=epoch, train_loss=train_loss, eval_loss=val['loss'],
+                                      eval_top1=val['top1'], eval_top5=val['top5'], lr=lr, train_seconds=seconds))
+            better = val['top1'] > state['best_top1']
+            state.update(epoch=epoch + 1, **(dict(best_epoch=epoch, best_top1=val['top1']) if better else {}))
+            if accelerator.is_main_process:
+                if better:
+                    folder.write_weights(folder.best_weights(epoch), job.model.state_dict(), dict(epoch=epoch))
+                folder.save_checkpoint(dict(
+                    state, model=raw_state(job.model), optimizer=optimizer.state_dict(),
+                    scheduler=scheduler.state_dict(), rng=torch.get_rng_state()), args.checkpoint_hist)
+                folder.write_summary(state['rows'])
+                bar.write(f'epoch {epoch + 1:3d}: train_loss {train_loss:.4f}, eval_loss {val["loss"]:.4f}, '
+                          f'eval_top1 {val["top1"]:.2f}, lr {lr:.4g}, {len(batches.data) / seconds:.0f} images/s',
+                          file=sys.stderr)
+    return state
+
+
+def test(job: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Test loss and errors of these weights, in fp32: that is what validate.py, and timm's, find anywhere."""
+    job.model.load_state_dict(weights)
+    metrics = evaluate(job.model, job.batches['test'], job.accelerator, autocast(job.accelerator.device, False))
+    errors = {f'{key}_err': round(100 - metrics[key], 4) for key in ('top1', 'top5')}
+    return dict(loss=metrics['loss'], **errors)
+
+
+def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Tests the best and the last epoch's weights, and writes results.json, model.safetensors and curves.png."""
+    args, folder, gates = job.args, job.folder, timm_sd.depth_gates(job.model)
+    images = {name: len(batches.data) for name, batches in job.batches.items()}
+    last = test(job, job.model.state_dict())
+    weights = safetensors.torch.load_file(folder.best_weights(state['best_epoch']))
+    best = test(job, weights)
+    recipe = Path(args.config).stem
+    epoch_seconds = statistics.median(row['train_seconds'] for row in state['rows'])  # robust to a machine's other work
+    results = dict(
+        model=args.model, recipe=recipe, seed=args.seed, epochs=args.epochs,
+        dataset=args.dataset, images=images,
+        drop_path_rate=gates.drop_path_rates[-1] if gates else 0.,
+        expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
+        param_count=sum(p.numel() for p in job.model.parameters()),
+        best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4), test_best=best, test_last=last,
+        epoch_seconds=round(epoch_seconds, 2), images_per_second=round(images['train'] / epoch_seconds, 1),
+        hardware=dict(device=device_name(job.accelerator.device), processes=job.accelerator.num_processes,
+                      threads=torch.get_num_threads(), amp=args.amp, channels_last=args.channels_last),
+        versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
+                      timm_sd=timm_sd.__version__),
+        args=vars(args),
+    )
+    if job.accelerator.is_main_process:
+        folder.write_weights(folder.path / 'model.safetensors', weights, dict(
+            model=args.model, recipe=recipe, seed=args.seed, epochs=args.epochs, selected_epoch=state['best_epoch'],
+            dataset=args.dataset, images=json.dumps(images), test_top1_err=best['top1_err'],
+            test_top1_err_last_epoch=last['top1_err'], timm_sd=timm_sd.__version__))
+        save_curves(state['rows'], results, folder.path / 'curves.png')
+        folder.write_results(results)  # last: it says that the run is complete
+    return results
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor and its cores."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        info = Path('/proc/cpuinfo').read_text().splitlines()
+        cpu = next((line.partition(':')[2].strip() for line in info if line.startswith('model name')), cpu)
+    return f'{cpu}, {os.cpu_count()} cores'
+
+
+def main() -> None:
+    """Parses, checks everything, and only then makes the run folder and trains."""
+    args = parse(train_parser())
+    set_hub_quiet()
+    accelerator = Accelerator()
+    # accelerate launch says OMP_NUM_THREADS=1 to a process that has the machine to itself
+    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    device = accelerator.device
+    if args.amp is None:
+        args.amp = default_amp(device.type)
+    torch.manual_seed(args.seed)
+    check_model_name(args.model)
+    train_set, val_set, test_set = load_data(args, accelerator.is_main_process and sys.stderr.isatty())
+    parts = dict(train=train_set, val=val_set, test=test_set)
+    check_sizes(args, parts)
+    model = build_model(args, len(train_set.class_names), train_set.images.shape[-1]).to(device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    common = dict(batch_size=args.batch_size, mean=args.mean or model.pretrained_cfg['mean'],
+                  std=args.std or model.pretrained_cfg['std'],
+                  rank=accelerator.process_index, world_size=accelerator.num_processes)
+    augmentation = dict(train=True, crop_padding=args.crop_padding, hflip=args.hflip, seed=args.seed)
+    batches = {name: Batches(part.to(device), **common, **(augmentation if name == 'train' else {}))
+               for name, part in parts.items()}
+
+    folder = [find_run_folder(vars(args), f'{args.model}-{train_set.images.shape[-1]}')]
+    broadcast_object_list(folder)  # the clock is in its name
+    job = Run(args, accelerator, autocast(device, args.amp), model, batches, folder[0])
+    results = job.folder.read_results()
+    if results is None:
+        if accelerator.is_main_process:
+            job.folder.create(vars(args))
+            print(header(job), file=sys.stderr, flush=True)
+        accelerator.wait_for_everyone()
+        results = finish(job, train(job))
+    if accelerator.is_main_process:
+        print(json.dumps(dict(run_folder=str(job.folder.path), **results)))
+
+
+if __name__ == '__main__':
+    run(main)

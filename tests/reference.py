@@ -1,0 +1,59 @@
+"""An independent, naive implementation of the paper's network: explicit loops over blocks, gates as arguments."""
+import torch
+import torch.nn.functional as F
+
+EPS, MOMENTUM = 1e-5, 0.1
+
+
+def batch_norm(x, p, name, training):
+    return F.batch_norm(x, p[f'{name}.running_mean'], p[f'{name}.running_var'], p[f'{name}.weight'], p[f'{name}.bias'],
+                        training, MOMENTUM, EPS)
+
+
+def pooled_and_padded(x, channels):
+    """Mean over 2x2 windows written out, then zero channels last."""
+    mean = (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+    zeros = x.new_zeros(x.shape[0], channels - x.shape[1], *mean.shape[2:])
+    return torch.cat([mean, zeros], 1)
+
+
+def survival_probabilities(n_blocks, p_last):
+    """Eq. 4."""
+    return [1 - (block / n_blocks) * (1 - p_last) for block in range(1, n_blocks + 1)]
+
+
+def forward(p, x, n, gates=None, survival=None):
+    """Logits of the 6n+2 network.
+
+    Args:
+        p: State dict, by the names of timm's ResNet.
+        x: Images.
+        n: Blocks a stage.
+        gates: Training: one bool a block; out = ReLU(shortcut + b f).
+        survival: Test: p_l of each block; out = ReLU(shortcut + p_l f), eq. 5.
+    """
+    training = gates is not None
+    x = F.relu(batch_norm(F.conv2d(x, p['conv1.weight'], padding=1), p, 'bn1', training))
+    block = 0
+    for stage in range(3):
+        for i in range(n):
+            name = f'layer{stage + 1}.{i}'
+            down = stage > 0 and i == 0
+            shortcut = pooled_and_padded(x, 16 * 2 ** stage) if down else x
+            if training and not gates[block]:
+                x = F.relu(shortcut)
+            else:
+                f = F.conv2d(x, p[f'{name}.conv1.weight'], stride=2 if down else 1, padding=1)
+                f = F.relu(batch_norm(f, p, f'{name}.bn1', training))
+                f = batch_norm(F.conv2d(f, p[f'{name}.conv2.weight'], padding=1), p, f'{name}.bn2', training)
+                x = F.relu(shortcut + (f if survival is None else survival[block] * f))
+            block += 1
+    return F.linear(x.mean((2, 3)), p['fc.weight'], p['fc.bias'])
+
+
+def sgd_step(parameters, gradients, momenta, lr, momentum, weight_decay):
+    """Nesterov SGD with weight decay, the original's: a gradient of zero decays and keeps its momentum."""
+    for name, value in parameters.items():
+        grad = gradients[name] + weight_decay * value
+        momenta[name] = grad.clone() if name not in momenta else momentum * momenta[name] + grad
+        value -= lr * (grad + momentum * momenta[name])

@@ -1,0 +1,147 @@
+"""The fast data path: columns, splits, augmentation against loops, the same samples on any number of processes."""
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import UserError
+from data import Batches, ImageSet, hold_out, load_image_set, random_crop_flip
+
+
+def image_set(n=20, size=8, classes=2):
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+    return ImageSet(pictures, torch.arange(n) % classes, [str(label) for label in range(classes)])
+
+
+def write_parquet(folder, n=6, size=8, labels=('label',), odd_one=None):
+    pictures = [Image.fromarray(np.full((size, size, 3), 10 * i, np.uint8)) for i in range(n)]
+    if odd_one is not None:
+        pictures[-1] = pictures[-1].resize(odd_one)
+    columns = dict(img=pictures, **{label: [i % 2 for i in range(n)] for label in labels})
+    kinds = {label: datasets.ClassLabel(names=['cat', 'dog']) for label in labels}
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(img=datasets.Image(), **kinds))
+    (folder / 'data').mkdir(parents=True, exist_ok=True)
+    data.to_parquet(folder / 'data' / 'train-00000-of-00001.parquet')
+    return str(folder)
+
+
+def test_decodes_losslessly_and_finds_columns(tmp_path):
+    data = load_image_set(write_parquet(tmp_path), 'train')
+    assert data.images.dtype == torch.uint8
+    assert data.images.shape == (6, 3, 8, 8)
+    assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    assert data.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert data.class_names == ['cat', 'dog']
+
+
+def test_resizes_when_told(tmp_path):
+    assert load_image_set(write_parquet(tmp_path, odd_one=(5, 7)), 'train', img_size=16).images.shape[2:] == (16, 16)
+
+
+@pytest.mark.parametrize(('make', 'kwargs', 'words'), [
+    (dict(labels=('fine', 'coarse')), {}, ['2 columns', 'fine', 'coarse', '--target-key']),
+    ({}, dict(target_key='nothing'), ['--target-key', 'nothing', 'label']),
+    ({}, dict(split='validation'), ['validation', 'train']),
+    (dict(odd_one=(5, 7)), {}, ['image 5', '5x7', '--img-size']),
+])
+def test_bad_data_is_named(tmp_path, make, kwargs, words):
+    folder = write_parquet(tmp_path, **make)
+    with pytest.raises(UserError) as error:
+        load_image_set(folder, **{'split': 'train', **kwargs})
+    assert all(word in str(error.value) for word in words)
+    assert '\n' not in str(error.value)
+
+
+def test_two_label_columns_work_with_a_key(tmp_path):
+    folder = write_parquet(tmp_path, labels=('fine', 'coarse'))
+    assert len(load_image_set(folder, 'train', target_key='fine')) == 6
+
+
+def test_corrupt_parquet_is_one_line(tmp_path):
+    folder = write_parquet(tmp_path)
+    path = tmp_path / 'data' / 'train-00000-of-00001.parquet'
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError) as error:
+        load_image_set(folder, 'train')
+    assert folder in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_missing_folder():
+    with pytest.raises(UserError, match='./nowhere'):
+        load_image_set('./nowhere', 'train')
+
+
+def test_hold_out_is_stratified_and_always_the_same():
+    data = image_set(20)
+    train, val = hold_out(data, 3)
+    assert torch.bincount(val.labels).tolist() == [3, 3]
+    assert len(train) == 14
+    together = torch.cat([train.images, val.images]).flatten(1)
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, data.images.flatten(1).tolist()))
+    torch.manual_seed(5)
+    assert torch.equal(hold_out(data, 3)[1].images, val.images)
+    with pytest.raises(UserError, match='--val-per-class 10'):
+        hold_out(data, 10)
+
+
+def test_crop_and_flip_equal_a_loop_over_samples():
+    x = torch.randn(64, 3, 8, 8)
+    draws = torch.rand(64, 3)
+    out = random_crop_flip(x, 2, 0.5, draws)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for sample, image, (down, right, flip) in zip(out, x, draws.tolist(), strict=True):
+        padded = torch.zeros(3, 12, 12)
+        padded[:, 2:10, 2:10] = image
+        top, left = int(down * 5), int(right * 5)
+        expected = padded[:, top:top + 8, left:left + 8]
+        assert torch.equal(sample, expected.flip(2) if flip < 0.5 else expected)
+
+
+def test_shifts_are_uniform_and_half_are_flipped():
+    n = 9000
+    x = torch.zeros(n, 1, 8, 8)
+    x[:, :, 4] = 1
+    draws = torch.rand(n, 3, generator=torch.Generator().manual_seed(0))
+    rows = random_crop_flip(x, 4, 0., draws).amax(3).argmax(2).flatten()
+    seen = torch.bincount(rows, minlength=8)  # one of the nine shifts moves the line out of sight: row 0
+    assert ((seen / n - torch.tensor([2, 1, 1, 1, 1, 1, 1, 1]) / 9).abs() < 4 * (n / 9) ** 0.5 / n * 1.5).all()
+    assert abs((draws[:, 2] < 0.5).float().mean() - 0.5) < 0.02
+
+
+def test_normalised_to_the_given_mean_and_std():
+    data = image_set()
+    x, target, size = next(iter(Batches(data, 20, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))))
+    expected = (data.images.double() / 255 - torch.tensor([0.5, 0.4, 0.3]).double().view(3, 1, 1)) / \
+        torch.tensor([0.2, 0.3, 0.4]).double().view(3, 1, 1)
+    torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(target, data.labels)
+    assert size == 20
+
+
+def test_every_image_once_an_epoch_in_an_order_of_seed_and_epoch():
+    def epoch(number, seed=0):
+        batches = Batches(image_set(20), 6, (0.,) * 3, (1.,) * 3, train=True, crop_padding=1, seed=seed)
+        batches.set_epoch(number)
+        assert len(batches) == 4
+        return torch.cat([x for x, _, _ in batches])
+
+    plain = Batches(image_set(20), 6, (0.,) * 3, (1.,) * 3, train=True)
+    pixels = torch.cat([x for x, _, _ in plain]).mul(255).round().flatten(1)
+    assert sorted(map(tuple, pixels.tolist())) == sorted(map(tuple, image_set(20).images.flatten(1).tolist()))
+    assert torch.equal(epoch(3), epoch(3))
+    assert not torch.equal(epoch(3), epoch(4))
+    assert not torch.equal(epoch(3), epoch(3, seed=1))
+
+
+def test_two_ranks_see_the_samples_of_one():
+    def batches(rank, world_size):
+        return list(Batches(image_set(19), 6 // world_size, (0.,) * 3, (1.,) * 3, train=True, crop_padding=2, hflip=0.5,
+                            rank=rank, world_size=world_size))
+
+    for whole, first, second in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
+        assert torch.equal(whole[0][0::2], first[0])
+        assert torch.equal(whole[0][1::2], second[0])
+        assert whole[2] == first[2] == second[2] == len(first[1]) + len(second[1])

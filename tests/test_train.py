@@ -1,0 +1,254 @@
+"""bench/train.py and validate.py as a user runs them: real processes, kill -9, a full disk, mistakes."""
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+BENCH = Path(__file__).parent.parent / 'bench'
+# the quickstart, smaller
+SMALL = ['--model', 'sd_resnet20_cifar', '--img-size', '16', '--epochs', '3', '--threads', '1', '--no-amp']
+
+
+def command(script, *args):
+    return [sys.executable, str(BENCH / script), *map(str, args)]
+
+
+def bench(script, *args, **kwargs):
+    return subprocess.run(command(script, *args), capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A complete run, nobody disturbed it."""
+    output = tmp_path_factory.mktemp('output')
+    result = bench('train.py', *SMALL, '--output', output, '--experiment', 'a')
+    assert result.returncode == 0, result.stderr
+    return output / 'a', result
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def weights(folder):
+    return safetensors.torch.load_file(folder / 'model.safetensors')
+
+
+def summary(folder):
+    """The rows without the one column that is a time."""
+    rows = read_csv(folder / 'summary.csv')
+    return [{key: value for key, value in row.items() if key != 'train_seconds'} for row in rows]
+
+
+def assert_same_run(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert summary(folder) == summary(other)
+
+
+def test_run_folder_is_complete(finished):
+    folder, result = finished
+    assert {path.name for path in folder.iterdir()} == {
+        'args.yaml', 'summary.csv', 'results.json', 'model.safetensors', 'curves.png', 'checkpoints'}
+    rows = read_csv(folder / 'summary.csv')
+    assert list(rows[0])[:6] == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    results = json.loads((folder / 'results.json').read_text())
+    assert json.loads(result.stdout.splitlines()[-1]) == dict(run_folder=str(folder), **results)
+    best = max(rows, key=lambda row: float(row['eval_top1']))
+    assert results['best_epoch'] == int(best['epoch'])
+    assert results['images'] == dict(train=1297, val=140, test=360)
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['epochs'] == 3
+    header = result.stderr.splitlines()[0]
+    assert all(word in header for word in ('cpu', 'fp32', '1 process', 'sd_resnet20_cifar', 'digits', 'p_L 0.8'))
+
+
+def test_weights_are_a_plain_network_with_their_origin(finished):
+    import timm
+
+    import timm_sd  # noqa: F401
+    folder, _ = finished
+    assert weights(folder).keys() == timm.create_model('sd_resnet20_cifar', drop_path_rate=0.).state_dict().keys()
+    with safetensors.safe_open(folder / 'model.safetensors', 'pt') as file:
+        metadata = file.metadata()
+    results = json.loads((folder / 'results.json').read_text())
+    assert metadata['model'] == 'sd_resnet20_cifar'
+    assert metadata['recipe'] == 'quickstart'
+    assert float(metadata['test_top1_err']) == results['test_best']['top1_err']
+
+
+def test_validate_finds_the_stated_error(finished, tmp_path):
+    folder, _ = finished
+    results = json.loads((folder / 'results.json').read_text())
+    out = tmp_path / 'results.csv'
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    result = bench('validate.py', '--checkpoint', folder / 'model.safetensors', '--dataset', 'digits', '--img-size', 16,
+                   '--mean', *args['mean'], '--std', *args['std'], '--results-file', out, '-b', 50)
+    assert result.returncode == 0, result.stderr
+    row = read_csv(out)[0]
+    assert list(row) == ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct',
+                         'interpolation']
+    assert float(row['top1_err']) == results['test_best']['top1_err']
+    assert row['model'] == 'sd_resnet20_cifar'
+
+
+def test_resume_after_kill_9_gives_the_same_weights(finished, tmp_path):
+    args = [*SMALL, '--output', tmp_path, '--experiment', 'b', '--resume', 'auto']
+    folder = tmp_path / 'b'
+    for checkpoints, delay in ((0, 0.), (1, 0.), (2, 0.3)):  # killed before a checkpoint, right after one, in an epoch
+        process = subprocess.Popen(command('train.py', *args), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            while len(list(folder.glob('checkpoints/checkpoint-*.pt'))) < checkpoints or not folder.exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert not (folder / 'results.json').exists()
+    result = bench('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, finished[0])
+    again = bench('train.py', *args)  # complete: says so at once, changes nothing
+    assert again.returncode == 0
+    assert json.loads(again.stdout) == json.loads(result.stdout)
+
+
+def test_damaged_newest_checkpoint_is_passed_over(finished, tmp_path):
+    args = [*SMALL, '--output', tmp_path, '--experiment', 'c', '--resume', 'auto']
+    assert bench('train.py', *args).returncode == 0
+    folder = tmp_path / 'c'
+    newest = folder / 'checkpoints' / 'checkpoint-0003.pt'
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit, in some tensor
+    newest.write_bytes(content)
+    for name in ('results.json', 'model.safetensors'):
+        (folder / name).unlink()
+    result = bench('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert f'warning: {newest} is damaged' in result.stderr
+    assert_same_run(folder, finished[0])
+
+
+def test_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
+    args = [*SMALL, '--output', tmp_path, '--experiment', 'd', '--resume', 'auto']
+    folder = tmp_path / 'd'
+    process = subprocess.Popen(command('train.py', *args), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (folder / 'checkpoints' / 'checkpoint-0001.pt').exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    # from now on no file may grow beyond 100 kB: a write fails half-way, as on a full disk
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    _, stderr = process.communicate()
+    assert process.returncode == 2
+    assert stderr.splitlines()[-1].startswith('train.py: error: ')
+    assert 'can not be written' in stderr.splitlines()[-1]
+    assert not list(folder.rglob('.*.tmp'))
+    result = bench('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert 'damaged' not in result.stderr
+    assert_same_run(folder, finished[0])
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--model', 'sd_resnet111_cifar'], ['sd_resnet111_cifar', 'sd_resnet110_cifar']),
+    (['-c', 'cifar11'], ['cifar11', 'cifar10']),
+    (['--dataset', './nowhere'], ['./nowhere', 'does not exist']),
+    (['--drop-path', '1.0'], ['1.0', '[0, 1)']),
+    (['--num-classes', '7'], ['--num-classes', '7', '10']),
+    (['--img-sise', '16'], ['--img-sise']),
+    (['--epochs', '0'], ['--epochs', '0']),
+    (['--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),
+    (['--pretrained', '--model', 'sd_resnet20_cifar.svhn'], ['sd_resnet20_cifar.svhn']),
+    (['--pretrained', '--model', 'sd_resnet20_cifar.c11'], ['c11']),
+    (['--resume', './nowhere'], ['./nowhere', 'args.yaml']),
+    (['--val-per-class', '1000'], ['--val-per-class', '1000']),
+])
+def test_mistakes_get_one_line_and_status_2(tmp_path, args, words):
+    result = bench('train.py', '--output', tmp_path / 'output', *args)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert all(word in lines[0] for word in words)
+    assert result.stdout == ''
+    assert not (tmp_path / 'output').exists()
+
+
+def test_unreachable_hub_is_one_line(tmp_path):
+    env = dict(os.environ, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'))
+    result = bench('train.py', '-c', 'cifar10', '--output', tmp_path / 'output', env=env)
+    assert result.returncode == 2
+    assert 'uoft-cs/cifar10' in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / 'output').exists()
+
+
+def test_images_of_another_size_need_img_size(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('dataset: digits\nmodel: sd_resnet20_cifar\nval_per_class: [14]\n')
+    result = bench('train.py', '-c', recipe, '--output', tmp_path / 'output')
+    assert result.returncode == 2
+    assert '8 px' in result.stderr
+    assert '--img-size 32' in result.stderr
+
+
+def test_unknown_recipe_key(tmp_path):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('epoch: 3\n')
+    result = bench('train.py', '-c', recipe)
+    assert result.returncode == 2
+    assert "'epoch'" in result.stderr
+    assert 'epochs' in result.stderr
+
+
+def test_other_flags_than_the_run_had(finished):
+    folder, _ = finished
+    args = ['--output', folder.parent, '--experiment', folder.name]
+    assert 'exists' in bench('train.py', *SMALL, *args).stderr
+    result = bench('train.py', *SMALL, '--lr', '0.5', *args, '--resume', 'auto')
+    assert result.returncode == 2
+    assert 'lr 0.1 -> 0.5' in result.stderr
+
+
+def test_checkpoint_of_another_model(finished):
+    folder, _ = finished
+    result = bench('validate.py', '--model', 'sd_resnet32_cifar', '--checkpoint', folder / 'model.safetensors',
+                   '--dataset', 'digits', '--img-size', 16)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert 'sd_resnet32_cifar' in result.stderr
+
+
+@pytest.mark.parametrize('recipe', sorted(path.stem for path in (BENCH / 'recipes').glob('*.yaml')))
+def test_recipes_parse(recipe):
+    from config import parse, train_parser
+    args = parse(train_parser(), ['-c', recipe])
+    assert args.config == recipe
+    assert args.model.startswith('sd_resnet')
+
+
+def test_learning_rates_of_the_1202_layer_recipe():
+    from train import create_schedule
+
+    from config import parse, train_parser
+    args = parse(train_parser(), ['-c', 'cifar10_1202'])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], args.lr)
+    scheduler = create_schedule(args, optimizer, updates_per_epoch=10)
+    rates = []
+    for epoch in range(args.epochs):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates[:10] == [0.01] * 10
+    assert rates[10] == rates[140] == 0.1
+    assert rates[160] == pytest.approx(0.01)
+    assert rates[-1] == pytest.approx(0.001)
