@@ -42,7 +42,7 @@ def check_model_name(name: str) -> None:
     raise UserError(f'no model {name!r}; nearest: {nearest(name, timm.list_models() + timm.list_models("sd_*"))}')
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line too, without the usage of fifty flags in front of it."""
 
     def __init__(self, description: str) -> None:
@@ -108,7 +108,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def train_parser() -> argparse.ArgumentParser:
     """The flags of train.py, as far as they exist timm's own."""
-    parser = _Parser('Trains a network with stochastic depth.')
+    parser = Parser('Trains a network with stochastic depth.')
     parser.add_argument('-c', '--config', default='quickstart', metavar='NAME_OR_FILE', help='recipe')
     add_data_flags(parser)
     parser.add_argument('--train-split', default='train', help="'+' joins several")
@@ -158,7 +158,7 @@ def train_parser() -> argparse.ArgumentParser:
 
 def validate_parser() -> argparse.ArgumentParser:
     """The flags of validate.py."""
-    parser = _Parser('Evaluates a registered model or a checkpoint.')
+    parser = Parser('Evaluates a registered model or a checkpoint.')
     add_data_flags(parser)
     add_model_flags(parser)
     parser.add_argument('--split', default='test')

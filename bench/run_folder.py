@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import platform
 import sys
 import zipfile
 from datetime import datetime
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 import yaml
+from accelerate import Accelerator
 
+import timm_sd
 from config import UserError
 
 # flags that may differ between a run and its resumption: they change nothing that is computed
@@ -166,3 +170,21 @@ def find_run_folder(args: dict[str, Any], name: str) -> RunFolder:
             raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences)}); '
                             'use the same, or choose another --experiment')
     return folder
+
+
+def hardware(accelerator: Accelerator, amp: bool) -> dict[str, Any]:
+    """What a figure was measured on: device, processes, threads and precision."""
+    if accelerator.device.type == 'cuda':
+        device = torch.cuda.get_device_name(accelerator.device)
+    else:
+        info = Path('/proc/cpuinfo')
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+        device = f'{names[0] if names else platform.machine()}, {os.cpu_count()} cores'
+    return dict(device=device, processes=accelerator.num_processes, threads=torch.get_num_threads(), amp=amp)
+
+
+def versions() -> dict[str, str]:
+    """What a figure was measured with."""
+    return dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
+                timm_sd=timm_sd.__version__)

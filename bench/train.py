@@ -5,7 +5,6 @@ Without arguments it runs the recipe `quickstart`, on data that scikit-learn shi
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from config import UserError, check_model_name, default_amp, parse, run, set_hub
 from data import Batches, ImageSet, concatenate, hold_out, load_image_set
 from engine import Autocast, autocast, evaluate, train_epoch
 from figures import save_curves
-from run_folder import RunFolder, find_run_folder
+from run_folder import RunFolder, find_run_folder, hardware, versions
 
 
 def load_data(args: Any, progress: bool) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -206,10 +205,7 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
         param_count=sum(p.numel() for p in job.model.parameters()),
         best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4), test_best=best, test_last=last,
         epoch_seconds=round(epoch_seconds, 2), images_per_second=round(images['train'] / epoch_seconds, 1),
-        hardware=dict(device=device_name(job.accelerator.device), processes=job.accelerator.num_processes,
-                      threads=torch.get_num_threads(), amp=args.amp, channels_last=args.channels_last),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
-                      timm_sd=timm_sd.__version__),
+        hardware=hardware(job.accelerator, args.amp), versions=versions(),
         args=vars(args),
     )
     if job.accelerator.is_main_process:
@@ -220,17 +216,6 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
         save_curves(state['rows'], results, folder.path / 'curves.png')
         folder.write_results(results)  # last: it says that the run is complete
     return results
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor and its cores."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists('/proc/cpuinfo'):
-        info = Path('/proc/cpuinfo').read_text().splitlines()
-        cpu = next((line.partition(':')[2].strip() for line in info if line.startswith('model name')), cpu)
-    return f'{cpu}, {os.cpu_count()} cores'
 
 
 def main() -> None:

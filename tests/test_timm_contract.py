@@ -33,5 +33,5 @@ def test_timms_own_tests_pass(timm_tests):
         cwd=timm_tests, env=dict(os.environ, PYTHONPATH=str(TESTS)), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     passed = int(re.search(r'(\d+) passed', result.stdout)[1])
-    assert passed >= 22, result.stdout[-500:]  # 11 test functions, two networks
+    assert passed >= 20, result.stdout[-500:]  # ten test functions, two networks
     assert 'failed' not in result.stdout

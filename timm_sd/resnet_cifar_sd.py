@@ -71,13 +71,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.shortcut(x)
-        if not torch.jit.is_scripting() and is_closed(self):
-            # No ReLU: x comes out of one, and pooling and zero channels keep it non-negative.
-            return closed_block(shortcut, self.parameters())
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            residual = checkpoint(self.branch, x)  # the branch, not the block: the gate must not be drawn twice
-        else:
+        if torch.jit.is_scripting():  # evaluation alone can be scripted
             residual = self.branch(x)
+        else:
+            if is_closed(self):
+                # No ReLU: x comes out of one, and pooling and zero channels keep it non-negative.
+                return closed_block(shortcut, self.parameters())
+            # the branch, not the block, is recomputed: its gate must not be drawn a second time
+            residual = checkpoint(self.branch, x) if self.grad_checkpointing else self.branch(x)
         return self.act2(shortcut + self.drop_path(residual))
 
 
