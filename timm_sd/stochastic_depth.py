@@ -127,10 +127,13 @@ class DepthGate(nn.Module):
             self.gates.draw()
         return not self.gates.open[self.index]
 
+    def scale(self) -> float:
+        """What the output of an open branch is multiplied by."""
+        return self.train_scale if self.training else self.eval_scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scales the branch's output `x` (B, C, H, W)."""
-        scale = self.train_scale if self.training else self.eval_scale
-        return x if scale == 1. else x * scale
+        return x if self.scale() == 1. else x * self.scale()
 
     def extra_repr(self) -> str:
         return f'block={self.index + 1}, drop_path_rate={self.gates.drop_path_rates[self.index]:.3f}'
@@ -140,6 +143,12 @@ def is_closed(block: nn.Module) -> bool:
     """Whether `block` is dropped in this forward pass; False for a block without a `DepthGate`."""
     gate = block.drop_path
     return isinstance(gate, DepthGate) and gate.is_closed()
+
+
+def branch_scale(block: nn.Module) -> float:
+    """What the branch of an open `block` is multiplied by; 1 for a block without a `DepthGate`."""
+    gate = block.drop_path
+    return gate.scale() if isinstance(gate, DepthGate) else 1.
 
 
 class _ClosedBlock(torch.autograd.Function):
