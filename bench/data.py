@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 from PIL import Image
 from tqdm import tqdm
 
@@ -47,11 +50,27 @@ def _digits() -> datasets.DatasetDict:
     return data.train_test_split(test_size=360, seed=0, stratify_by_column='label')
 
 
+def _check_hub(name: str) -> None:
+    """One quick question to the Hub. If no answer comes only the cache is looked at; `datasets` alone retries for 30 s.
+
+    Raises:
+        UserError: If the Hub answers that there is no such data set.
+    """
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=3)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f'no data set {name!r} on the Hub, or it is private; log in with: hf auth login') from error
+    except (httpx.HTTPError, OSError):  # unreachable, silent, 5xx, or HF_HUB_OFFLINE
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 def _load(name: str, split: str, config: str | None) -> datasets.Dataset:
     """One split of a Hub data set, of a local folder, or of 'digits'."""
     is_folder = Path(name).is_dir()
     if not is_folder and (name.startswith(('.', '/', '~')) or name.count('/') > 1):
         raise UserError(f'data set folder {name!r} does not exist; give a folder of parquet files or a Hub data set')
+    if not is_folder and name != 'digits':
+        _check_hub(name)
     try:
         splits = _digits() if name == 'digits' else datasets.load_dataset(name, config)
     except ConnectionError as error:

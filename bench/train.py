@@ -243,7 +243,9 @@ def main() -> None:
     batches = {name: Batches(part.to(device), **common, **(augmentation if name == 'train' else {}))
                for name, part in parts.items()}
 
-    folder = [find_run_folder(vars(args), f'{args.model}-{train_set.images.shape[-1]}')]
+    folder: list[Any] = [None]
+    if accelerator.is_main_process:
+        folder = [find_run_folder(vars(args), f'{args.model}-{train_set.images.shape[-1]}')]
     broadcast_object_list(folder)  # the clock is in its name
     job = Run(args, accelerator, autocast(device, args.amp), model, batches, folder[0])
     results = job.folder.read_results()

@@ -184,8 +184,9 @@ def test_mistakes_get_one_line_and_status_2(tmp_path, args, words):
     assert not (tmp_path / 'output').exists()
 
 
-def test_unreachable_hub_is_one_line(tmp_path):
-    env = dict(os.environ, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'hf'))
+@pytest.mark.parametrize('how', [dict(HF_HUB_OFFLINE='1'), dict(HF_ENDPOINT='http://127.0.0.1:9')])
+def test_unreachable_hub_is_one_line(tmp_path, how):
+    env = dict(os.environ, HF_HOME=str(tmp_path / 'hf'), **how)
     result = bench('train.py', '-c', 'cifar10', '--output', tmp_path / 'output', env=env)
     assert result.returncode == 2
     assert 'uoft-cs/cifar10' in result.stderr
