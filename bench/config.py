@@ -3,16 +3,20 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import yaml
+from safetensors import SafetensorError
 
 import timm_sd  # noqa: F401  (registers the models)
 
 RECIPES = Path(__file__).parent / 'recipes'
+# timm's schedules that follow from the epoch alone: a resume needs nothing but its number
+SCHEDULES = ('multistep', 'step', 'cosine', 'tanh', 'poly', 'wsd', 'constant')
 
 
 class UserError(Exception):
@@ -24,7 +28,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get('RANK', '0') == '0':
+        if os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -33,6 +37,42 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """The names most like `name`, for an error message."""
     names = list(names)
     return ', '.join(difflib.get_close_matches(name, names, n=4, cutoff=0.3) or sorted(names)[:8])
+
+
+@contextmanager
+def user_errors(what: str) -> Iterator[None]:
+    """Turns what timm raises on a wrong value into a UserError that begins with `what`."""
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise UserError(f'{what}: {" ".join(str(error).split())[:300] or type(error).__name__}') from error
+
+
+def check_classes(args: argparse.Namespace, classes: int) -> None:
+    """--num-classes must be that of the data."""
+    if args.num_classes not in (None, classes):
+        raise UserError(f'--num-classes is {args.num_classes}, but the data has {classes} classes; leave it out')
+
+
+def check_image_size(args: argparse.Namespace, cfg: dict[str, Any], size: Sequence[int]) -> None:
+    """Images (H, W) must be of the model's size, unless --img-size says otherwise."""
+    expected = cfg['input_size'][1:]
+    if args.img_size is None and tuple(size) != tuple(expected):
+        raise UserError(f'images are {size[1]}x{size[0]} px, {args.model} wants {expected[1]}x{expected[0]}; resize '
+                        f'with --img-size {expected[0]}, or say the size you want')
+
+
+def mean_and_std(args: argparse.Namespace, cfg: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """--mean and --std, or the model's."""
+    mean, std = args.mean or cfg['mean'], args.std or cfg['std']
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(f'--mean {mean} and --std {std} must be three numbers each, --std above 0')
+    return mean, std
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def check_model_name(name: str) -> None:
@@ -66,6 +106,28 @@ def _recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
+def _number(kind: type, low: float, high: float = float('inf')) -> Callable[[str], Any]:
+    """An argparse type: a number in [low, high]."""
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} must lie in [{low}, {high}]')
+        return value
+    convert.__name__ = kind.__name__  # argparse: 'invalid int value'
+    return convert
+
+
+def rate(text: str) -> float:
+    """An argparse type: a drop path rate."""
+    value = float(text)
+    if not 0. <= value < 1.:
+        raise argparse.ArgumentTypeError(f'{text} must lie in [0, 1)')
+    return value
+
+
+count, fraction, positive = _number(int, 1), _number(float, 0, 1), _number(float, 0)
+
+
 def _key_value(text: str) -> list[Any]:
     key, equals, value = text.partition('=')
     if not equals:
@@ -89,17 +151,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-key', help='column of the images; found by its type if there is only one')
     group.add_argument('--target-key', help='column of the labels; found by its type if there is only one')
     group.add_argument('--num-classes', type=int, help='checked against the data')
-    group.add_argument('--img-size', type=int, help='side of the images in pixels; they are resized if theirs differs')
+    group.add_argument('--img-size', type=count, help='side in pixels; images of another size are resized')
     group.add_argument('--mean', type=float, nargs='+', help="mean of each channel (default: the model's)")
     group.add_argument('--std', type=float, nargs='+', help="standard deviation of each channel (default: the model's)")
-    group.add_argument('-b', '--batch-size', type=int, default=128, help='images a process and step')
+    group.add_argument('-b', '--batch-size', type=count, default=128, help='images a process and step')
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what the network is, common to train.py and validate.py."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='sd_resnet110_cifar', help="timm's name of the network")
-    group.add_argument('--pretrained', action='store_true', help='start from the published weights')
+    group.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=False,
+                       help='start from the published weights')
     group.add_argument('--model-kwargs', nargs='*', type=_key_value, action=_KeyValues, default={},
                        metavar='KEY=VALUE')
     group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
@@ -114,45 +177,48 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument('--train-split', default='train', help="'+' joins several")
     parser.add_argument('--val-split', help='split to select by (default: held out of the training split)')
     parser.add_argument('--test-split', default='test')
-    parser.add_argument('--val-per-class', type=int, nargs='+', default=[500],
+    parser.add_argument('--val-per-class', type=count, nargs='+', default=[500],
                         help='images of each class held out for validation, one number for each joined split')
     add_model_flags(parser)
     group = parser.add_argument_group('stochastic depth')
-    group.add_argument('--drop-path', type=float, dest='drop_path', help="1 - p_L (default: the model's)")
+    group.add_argument('--drop-path', type=rate, help="1 - p_L (default: the model's)")
     group.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES)
     group.add_argument('--drop-path-scale', choices=timm_sd.SCALES)
-    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
+    group.add_argument('--grad-checkpointing', action=argparse.BooleanOptionalAction, default=False,
+                       help='recompute activations to save memory')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--opt', default='sgd', help="timm's name; its sgd is Nesterov")
-    group.add_argument('--lr', type=float, default=0.1)
-    group.add_argument('--momentum', type=float, default=0.9)
-    group.add_argument('--weight-decay', type=float, default=1e-4)
+    group.add_argument('--lr', type=positive, default=0.1)
+    group.add_argument('--momentum', type=fraction, default=0.9)
+    group.add_argument('--weight-decay', type=positive, default=1e-4)
     group.add_argument('--filter-bias-and-bn', action=argparse.BooleanOptionalAction, default=False,
                        help='no weight decay on biases and BN (the paper decays all)')
-    group.add_argument('--smoothing', type=float, default=0., help='label smoothing')
-    group.add_argument('--epochs', type=int, default=500)
-    group.add_argument('--sched', default='multistep')
-    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule every update')
-    group.add_argument('--decay-milestones', type=int, nargs='+', default=[250, 375], metavar='EPOCH')
-    group.add_argument('--decay-rate', type=float, default=0.1)
-    group.add_argument('--min-lr', type=float, default=0.)
-    group.add_argument('--warmup-epochs', type=int, default=0)
-    group.add_argument('--warmup-lr', type=float, default=1e-5)
-    group.add_argument('--warmup-constant', action='store_true', help='stay at --warmup-lr instead of climbing from it')
+    group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
+    group.add_argument('--epochs', type=count, default=500)
+    group.add_argument('--sched', default='multistep', choices=SCHEDULES)
+    group.add_argument('--sched-on-updates', action=argparse.BooleanOptionalAction, default=False,
+                       help='step the schedule every update')
+    group.add_argument('--decay-milestones', type=count, nargs='+', default=[250, 375], metavar='EPOCH')
+    group.add_argument('--decay-rate', type=positive, default=0.1)
+    group.add_argument('--min-lr', type=positive, default=0.)
+    group.add_argument('--warmup-epochs', type=_number(int, 0), default=0)
+    group.add_argument('--warmup-lr', type=positive, default=1e-5)
+    group.add_argument('--warmup-constant', action=argparse.BooleanOptionalAction, default=False,
+                       help='stay at --warmup-lr instead of climbing from it')
 
     group = parser.add_argument_group('augmentation')
-    group.add_argument('--crop-padding', type=int, default=4, help='pixels of zeros around, then a random crop')
-    group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
+    group.add_argument('--crop-padding', type=_number(int, 0), default=4, help='pixels of zeros around, then a crop')
+    group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
 
     group = parser.add_argument_group('run')
     group.add_argument('--seed', type=int, default=0)
     group.add_argument('--output', default='output/train', help='folder of the run folders')
     group.add_argument('--experiment', help='name of the run folder (default: time, model and image size)')
     group.add_argument('--resume', help="'auto', or a run folder to go on with")
-    group.add_argument('--threads', type=int, help='CPU threads a process (default: cores / processes)')
-    group.add_argument('--checkpoint-hist', type=int, default=2, help='checkpoints to keep')
-    group.add_argument('--log-interval', type=int, default=20, help='steps between updates of the progress bar')
+    group.add_argument('--threads', type=count, help='CPU threads a process (default: cores / processes)')
+    group.add_argument('--checkpoint-hist', type=count, default=2, help='checkpoints to keep')
+    group.add_argument('--log-interval', type=count, default=20, help='steps between updates of the progress bar')
     return parser
 
 
@@ -164,27 +230,44 @@ def validate_parser() -> argparse.ArgumentParser:
     parser.add_argument('--split', default='test')
     parser.add_argument('--checkpoint', help='safetensors file, such as model.safetensors of a run folder')
     parser.add_argument('--results-file', help='CSV to write')
-    parser.set_defaults(model=None, dataset='uoft-cs/cifar10')
+    parser.set_defaults(model=None, dataset='uoft-cs/cifar10', amp=False)
     return parser
 
 
+def _tokens(recipe: dict[str, Any]) -> list[str]:
+    """A recipe as a command line, so that its values are checked as the user's are."""
+    tokens = []
+    for key, value in recipe.items():
+        flag = f'--{key.replace("_", "-")}'
+        if isinstance(value, bool):
+            tokens.append(flag if value else f'--no-{flag[2:]}')
+        elif isinstance(value, dict):
+            tokens += [flag, *(f'{name}={entry}' for name, entry in value.items())]
+        elif value is not None:
+            tokens += [flag, *(str(entry) for entry in (value if isinstance(value, list) else [value]))]
+    return tokens
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line over the defaults of the recipe that `-c` names.
+    """Parses the command line; what it doesn't say, the recipe says that `-c` names, where there is that flag.
 
     Raises:
-        UserError: If a flag, the recipe or a key in it is unknown, or a value has the wrong type.
+        UserError: If a flag, the recipe or a key in it is unknown, or a value has the wrong type or size.
     """
-    recipe = _recipe(parser.parse_args(argv).config) if parser.get_default('config') else {}
-    actions = {action.dest: action for action in parser._actions}
-    for key in recipe:
-        if key not in actions or key in ('config', 'help'):
-            raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(key, actions)}')
-    parser.set_defaults(**recipe)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    for flag in ('batch_size', 'epochs'):
-        if getattr(args, flag, 1) < 1:
-            raise UserError(f'--{flag.replace("_", "-")} is {getattr(args, flag)}; it must be at least 1')
-    return args
+    if 'config' not in args:
+        return args
+    recipe = _recipe(args.config)
+    for key in recipe:
+        if key == 'config' or key not in args:
+            raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(key, vars(args))}')
+    return parser.parse_args([*_tokens(recipe), *argv])
+
+
+def changed_from_recipe(args: dict[str, Any]) -> dict[str, Any]:
+    """The flags that say something else than the recipe they were parsed over."""
+    return {key: args[key] for key, value in _recipe(args['config']).items() if args[key] != value}
 
 
 def default_amp(device_type: str) -> bool:
@@ -193,9 +276,3 @@ def default_amp(device_type: str) -> bool:
     if device_type != 'cpu':
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def set_hub_quiet() -> None:
-    """Keeps the bars of `datasets` out of the way where a terminal isn't looking."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')

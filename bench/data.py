@@ -6,6 +6,7 @@ processes nor on a resume.
 """
 import io
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +70,9 @@ def _load(name: str, split: str, config: str | None) -> datasets.Dataset:
     is_folder = Path(name).is_dir()
     if not is_folder and (name.startswith(('.', '/', '~')) or name.count('/') > 1):
         raise UserError(f'data set folder {name!r} does not exist; give a folder of parquet files or a Hub data set')
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     if not is_folder and name != 'digits':
         _check_hub(name)
     try:
@@ -88,8 +92,9 @@ def _column(features: datasets.Features, kind: type, given: str | None, flag: st
     """The column of a feature type, or the one that `flag` names."""
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     if given is not None:
-        if given not in features:
-            raise UserError(f'{flag} {given!r} is no column; the columns are {", ".join(features)}')
+        if given not in found:
+            columns = ', '.join(f'{name} ({type(feature).__name__})' for name, feature in features.items())
+            raise UserError(f'{flag} {given!r} is no column of type {kind.__name__}; the columns are {columns}')
         return given
     if len(found) != 1:
         raise UserError(f'{len(found)} columns of type {kind.__name__} ({", ".join(found) or "none"}) '
@@ -125,23 +130,28 @@ def load_image_set(
     label_key = _column(data.features, datasets.ClassLabel, target_key, '--target-key')
     columns = data.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
     table = columns.with_format('arrow')[:]
-    arrays: list[np.ndarray] = []
-    for row in tqdm(table[image_key], desc=f'decode {split}', leave=False, disable=not progress):
+    where, class_names = f'data set {name!r}, split {split!r}', data.features[label_key].names
+    if not len(table):
+        raise UserError(f'{where} holds no images')
+    images = torch.empty(0)
+    for index, row in enumerate(tqdm(table[image_key], desc=f'decode {split}', leave=False, disable=not progress)):
         try:
             image = Image.open(io.BytesIO(row['bytes'].as_py())).convert('RGB')
         except OSError as error:
-            raise UserError(f'data set {name!r}, split {split!r}: image {len(arrays)} is damaged ({error})') from error
+            raise UserError(f'{where}: image {index} is damaged ({error})') from error
         if img_size is not None and image.size != (img_size, img_size):
             image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-        arrays.append(np.asarray(image))
-        if arrays[-1].shape != arrays[0].shape:
-            raise UserError(f'data set {name!r}, split {split!r}: image {len(arrays) - 1} is '
-                            f'{image.width}x{image.height}, others are not; resize with --img-size')
-    if not arrays:
-        raise UserError(f'data set {name!r}, split {split!r} holds no images')
+        if index == 0:
+            images = torch.empty(len(table), 3, image.height, image.width, dtype=torch.uint8)
+        if (image.height, image.width) != images.shape[2:]:
+            raise UserError(f'{where}: image {index} is {image.width}x{image.height}, others are not; '
+                            'resize with --img-size')
+        images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     labels = torch.from_numpy(table[label_key].to_numpy().astype(np.int64))
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, labels, data.features[label_key].names)
+    if not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, classes from 0 to '
+                        f'{len(class_names) - 1}')
+    return ImageSet(images, labels, class_names)
 
 
 def concatenate(parts: Sequence[ImageSet]) -> ImageSet:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from tqdm import tqdm
 
@@ -49,7 +50,7 @@ def train_epoch(
         The mean training loss of this epoch over all processes.
     """
     model.train()
-    total = torch.zeros(2, device=accelerator.device)  # sum of losses, images
+    loss_sum, images = torch.zeros((), device=accelerator.device), 0
     for step, (x, target, size) in enumerate(batches):
         with amp():
             logits = model(x)
@@ -59,12 +60,14 @@ def train_epoch(
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step_update(epoch * len(batches) + step + 1)
-        total += torch.stack([loss.detach(), loss.new_tensor(len(target))])
+        loss_sum += loss.detach()
+        images += len(target)
         if (step + 1) % log_interval == 0:
-            bar.set_postfix(loss=f'{(total[0] / total[1]).item():.4f}', refresh=False)
+            bar.set_postfix(loss=f'{loss_sum.item() / images:.4f}', refresh=False)
         bar.update(size)
-    loss_sum, images = accelerator.reduce(total).tolist()
-    return loss_sum / images
+    if accelerator.num_processes > 1:  # each rank has batch norm statistics of its own since the last forward pass
+        broadcast(list(model.buffers()))
+    return accelerator.reduce(loss_sum).item() / len(batches.data)
 
 
 @torch.no_grad()
@@ -75,13 +78,14 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
         `loss`, and `top1` and `top5` in percent.
     """
     model.eval()
-    total = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, top-1 and top-5 hits, images
+    total = torch.zeros(3, device=accelerator.device)  # sum of losses, top-1 hits, top-5 hits
     for x, target, _ in batches:
         with amp():
             logits = model(x)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         loss = F.cross_entropy(logits, target, reduction='sum')
-        total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(target))]).double()
-    loss_sum, top1, top5, images = accelerator.reduce(total).tolist()
+        total += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+    loss_sum, top1, top5 = accelerator.reduce(total).tolist()
+    images = len(batches.data)
     return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images)

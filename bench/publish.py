@@ -1,9 +1,8 @@
 """Makes a finished run's weights public: python bench/publish.py RUN_FOLDER --bundle.
 
 --bundle puts the weights into the package (timm_sd/pretrained/), and the card with the run's results.json and
-summary.csv under hub_cards/. The card is built from those two files; nothing in it is typed by hand.
+summary.csv under hub_cards/. The card is built from results.json; nothing in it is typed by hand.
 """
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from run_folder import RunFolder, write_atomic
 
 CARDS = Path(__file__).parent.parent / 'hub_cards'
 PRETRAINED = Path(timm_sd.__file__).parent / 'pretrained'
+
+DATASETS = dict(c10='uoft-cs/cifar10', c100='uoft-cs/cifar100', svhn='ufldl-stanford/svhn')
 
 # test error in percent, Table 1 of the paper: 500 epochs, and selection as here
 PAPER = {
@@ -34,9 +35,8 @@ def full_name(model: str) -> str:
 
 
 def make_card(folder: Path) -> str:
-    """The model card of the results.json and summary.csv in `folder`."""
+    """The model card of the results.json in `folder`."""
     results: Any = json.loads((folder / 'results.json').read_text())
-    rows = list(csv.DictReader((folder / 'summary.csv').read_text().splitlines()))
     name, accuracy = full_name(results['model']), round(100 - results['test_best']['top1_err'], 2)
     data = ModelCardData(
         library_name='timm', license='apache-2.0', pipeline_tag='image-classification', model_name=name,
@@ -46,7 +46,7 @@ def make_card(folder: Path) -> str:
             dataset_split='test', metric_type='accuracy', metric_value=accuracy, metric_name='Top-1 accuracy (%)')])
     card = ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, r=results, paper=PAPER.get(name),
-        last=dict(val_err=100 - float(rows[-1]['eval_top1'])), classes=timm.create_model(name).num_classes)
+        classes=timm.create_model(name).num_classes)
     return str(card)
 
 
@@ -57,6 +57,10 @@ def bundle(run_folder: Path) -> None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
     check_model_name(results['model'])
     name = full_name(results['model'])
+    tag = name.partition('.')[2]
+    if results['dataset'] != DATASETS[tag] or results['drop_path_rate'] == 0:
+        raise UserError(f'{run_folder} was trained on {results["dataset"]} at drop_path_rate '
+                        f'{results["drop_path_rate"]}; {name} stands for {DATASETS[tag]} with stochastic depth')
     card_folder = CARDS / name
     card_folder.mkdir(exist_ok=True)
     results['args']['data_dir'] = None  # a path of this machine

@@ -25,7 +25,7 @@ import timm_sd
 from config import UserError
 
 # flags that may differ between a run and its resumption: they change nothing that is computed
-_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads')
+_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads', 'batch_size')
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -43,8 +43,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f'{path} can not be written ({error.strerror}); free some space and go on with --resume auto: '
-                        'what was saved before is good') from error
+        raise UserError(f'{path} can not be written ({error.strerror}); what was saved before is good') from error
 
 
 class RunFolder:
@@ -73,9 +72,13 @@ class RunFolder:
             write_atomic(self.path / 'args.yaml', yaml.safe_dump(args).encode())
 
     def read_args(self) -> dict[str, Any] | None:
-        """args.yaml, or None if there is none."""
+        """args.yaml, or None if there is none that can be read."""
         path = self.path / 'args.yaml'
-        return yaml.safe_load(path.read_text()) if path.exists() else None
+        try:
+            args = yaml.safe_load(path.read_text()) if path.exists() else None
+        except yaml.YAMLError:
+            args = None
+        return args if isinstance(args, dict) else None
 
     def read_results(self) -> dict[str, Any] | None:
         """results.json, or None before the run is complete."""
@@ -120,9 +123,17 @@ class RunFolder:
             try:
                 return _load(path)
             except Exception as error:  # zipfile, pickle and torch each have their own for a damaged file
-                print(f'warning: {path} is damaged ({" ".join(str(error).split())[:80]}); trying the one before',
+                reason = ' '.join(str(error).split())[:60]
+                print(f'warning: {path} is damaged ({reason}); going on from one before it, or anew',
                       file=sys.stderr, flush=True)
         return None
+
+    def remove_after(self, epochs: int) -> None:
+        """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""
+        for path in (*self.checkpoints.glob('checkpoint-*.pt'), *self.checkpoints.glob('best-*.safetensors')):
+            number = int(path.stem.partition('-')[2])
+            if number > epochs or (path.suffix == '.safetensors' and number == epochs):
+                path.unlink()
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -157,9 +168,9 @@ def find_run_folder(args: dict[str, Any], name: str) -> RunFolder:
             raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
     elif resume == 'auto' and not args['experiment']:
         for path in sorted(output.glob('*/args.yaml'), key=lambda path: path.stat().st_mtime, reverse=True):
-            candidate = RunFolder(path.parent)
-            if not _differences(args, candidate.read_args() or {}):
-                return candidate
+            old = RunFolder(path.parent).read_args()
+            if old is not None and old.keys() == args.keys() and not _differences(args, old):
+                return RunFolder(path.parent)
     old = folder.read_args()
     if old is not None:
         if resume is None:

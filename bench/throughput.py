@@ -6,6 +6,7 @@ All contestants live in one process and take turns (A B C A B C ...), so that a 
 them; warm-up stays outside. Quoted are ratios within a round: the median over the rounds, and their range.
 """
 import argparse
+import io
 import json
 import statistics
 import time
@@ -23,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sd
-from config import Parser, check_model_name, default_amp, parse, run
+from config import Parser, UserError, check_model_name, count, default_amp, parse, rate, run
 from data import Batches, ImageSet
 from engine import autocast, train_epoch
 from run_folder import hardware, versions, write_atomic
@@ -75,7 +76,7 @@ class Contestant:
     def _loop(self) -> None:
         scheduler, _ = create_scheduler_v2(self.optimizer, 'constant', 1, updates_per_epoch=len(self.batches))
         train_epoch(self.model, self.batches, self.optimizer, scheduler, self.accelerator, self.amp, 0,
-                    tqdm(disable=True))
+                    tqdm(total=len(self.batches.data), file=io.StringIO()))
 
     def bare(self, round_: int) -> float:
         """Seconds a step: forward, backward, update, on one batch that is there already."""
@@ -149,14 +150,16 @@ def main() -> None:
     """Measures, prints a table and writes JSON."""
     parser = Parser('Times stochastic depth against constant depth.')
     parser.add_argument('--model', default='sd_resnet110_cifar')
-    parser.add_argument('--drop-path', type=float, default=0.5, help='1 - p_L')
-    parser.add_argument('-b', '--batch-size', type=int, default=128)
-    parser.add_argument('--steps', type=int, default=20, help='steps a turn')
-    parser.add_argument('--rounds', type=int, default=7, help='turns of each contestant')
+    parser.add_argument('--drop-path', type=rate, default=0.5, help='1 - p_L, above 0')
+    parser.add_argument('-b', '--batch-size', type=count, default=128)
+    parser.add_argument('--steps', type=count, default=20, help='steps a turn')
+    parser.add_argument('--rounds', type=count, default=7, help='turns of each contestant')
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
     parser.add_argument('--json', help='file to write')
     args = parse(parser)
     check_model_name(args.model)
+    if args.drop_path == 0:
+        raise UserError('--drop-path 0 saves nothing; give a rate above 0')
     results = measure(args)
     print(f'{"":16}{"s/step":>9}{"images/s":>10}{"ratio":>8}   range')
     for name, row in results['timings'].items():

@@ -23,7 +23,20 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sd
-from config import UserError, check_model_name, default_amp, parse, run, set_hub_quiet, train_parser
+from config import (
+    UserError,
+    changed_from_recipe,
+    check_classes,
+    check_image_size,
+    check_model_name,
+    cores,
+    default_amp,
+    mean_and_std,
+    parse,
+    run,
+    train_parser,
+    user_errors,
+)
 from data import Batches, ImageSet, concatenate, hold_out, load_image_set
 from engine import Autocast, autocast, evaluate, train_epoch
 from figures import save_curves
@@ -51,38 +64,37 @@ def load_data(args: Any, progress: bool) -> tuple[ImageSet, ImageSet, ImageSet]:
 def check_sizes(args: Any, parts: dict[str, ImageSet]) -> None:
     """All parts must have the classes and the image size that the network is built for."""
     classes, size = len(parts['train'].class_names), parts['train'].images.shape[2:]
-    if args.num_classes not in (None, classes):
-        raise UserError(f'--num-classes is {args.num_classes}, but the data has {classes} classes; leave it out')
+    check_classes(args, classes)
     for name, part in parts.items():
         if part.images.shape[2:] != size or len(part.class_names) != classes:
             raise UserError(f'{name} images are {tuple(part.images.shape[2:])} in {len(part.class_names)} classes, '
                             f'those of training {tuple(size)} in {classes}; resize with --img-size')
 
 
-def build_model(args: Any, num_classes: int, image_size: int) -> Any:
-    """The network of the flags.
-
-    Raises:
-        UserError: If a flag doesn't suit it, or the images aren't of its size and --img-size doesn't say so.
-    """
-    check_model_name(args.model)
-    drop_path = dict(drop_path_rate=args.drop_path, drop_path_schedule=args.drop_path_schedule,
-                     drop_path_scale=args.drop_path_scale)
-    kwargs = {key: value for key, value in drop_path.items() if value is not None}
-    if args.model.startswith('sd_'):
-        kwargs['drop_path_seed'] = args.seed
-    try:
+def build_model(args: Any, num_classes: int) -> Any:
+    """The network of the flags; UserError if one doesn't suit it."""
+    gates = dict(drop_path_rate=args.drop_path, drop_path_schedule=args.drop_path_schedule,
+                 drop_path_scale=args.drop_path_scale, drop_path_seed=args.seed)
+    kwargs = {key: value for key, value in gates.items() if value is not None}
+    if not args.model.startswith('sd_'):
+        kwargs.pop('drop_path_seed')
+    with user_errors(f'--model {args.model}'):
         model: Any = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes,
                                        **kwargs, **args.model_kwargs)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f'--model {args.model}: {" ".join(str(error).split())}') from error
-    expected = model.pretrained_cfg['input_size'][-1]
-    if args.img_size is None and image_size != expected:
-        raise UserError(f'images are {image_size} px, {args.model} wants {expected}; resize with --img-size '
-                        f'{expected}, or keep theirs with --img-size {image_size}')
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def build_optimizer(args: Any, model: nn.Module, updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's optimiser and schedule of the flags; UserError if one is unknown."""
+    with user_errors(f'--opt {args.opt}, --sched {args.sched}'):
+        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, momentum=args.momentum,
+                                        weight_decay=args.weight_decay, filter_bias_and_bn=args.filter_bias_and_bn)
+        scheduler, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(args))
+    if args.warmup_constant:  # timm's warm-up always climbs
+        scheduler.warmup_steps = [0.] * len(optimizer.param_groups)
+    return optimizer, scheduler
 
 
 def raw_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -103,6 +115,8 @@ class Run(NamedTuple):
     accelerator: Accelerator
     amp: Autocast
     model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
     batches: dict[str, Batches]
     folder: RunFolder
 
@@ -121,32 +135,30 @@ def header(job: Run) -> str:
             f'{args.data_dir or args.dataset} {sizes} train/val/test | {depth} | {job.folder.path}')
 
 
-def create_schedule(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """timm's scheduler of the flags."""
-    scheduler, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(args))
-    if args.warmup_constant:  # timm's warm-up always climbs
-        scheduler.warmup_steps = [0.] * len(optimizer.param_groups)
-    return scheduler
+def restore(job: Run) -> dict[str, Any]:
+    """Goes back to the last checkpoint, or to the beginning; returns what is known of the epochs so far."""
+    state: dict[str, Any] = dict(epoch=0, best_epoch=0, best_top1=-1., rows=[])
+    checkpoint = job.folder.load_checkpoint() if job.args.resume else None
+    if checkpoint is not None:
+        state = {key: checkpoint[key] for key in state}
+        load_raw_state(job.model, checkpoint['raw_model'])
+        job.optimizer.load_state_dict(checkpoint['optimizer'])
+        torch.set_rng_state(checkpoint['rng'])
+    # the schedule follows from the epoch alone
+    job.scheduler.step(state['epoch'])
+    job.scheduler.step_update(state['epoch'] * len(job.batches['train']))
+    return state
 
 
 def train(job: Run) -> dict[str, Any]:
     """Trains all epochs that a checkpoint doesn't hold already; returns the rows of summary.csv and the best epoch."""
-    args, accelerator, folder = job.args, job.accelerator, job.folder
+    args, accelerator, folder, scheduler = job.args, job.accelerator, job.folder, job.scheduler
     batches, gates = job.batches['train'], timm_sd.depth_gates(job.model)
-    model, optimizer = accelerator.prepare(job.model, create_optimizer_v2(
-        job.model, opt=args.opt, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-        filter_bias_and_bn=args.filter_bias_and_bn))
-    scheduler = create_schedule(args, optimizer, len(batches))
-    state: dict[str, Any] = dict(epoch=0, best_epoch=0, best_top1=-1., rows=[])
-    checkpoint = folder.load_checkpoint() if args.resume else None
-    if checkpoint is not None:
-        state = {key: checkpoint[key] for key in state}
-        load_raw_state(job.model, checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        scheduler.load_state_dict(checkpoint['scheduler'])
-        torch.set_rng_state(checkpoint['rng'])
-    scheduler.step(state['epoch'])
-    scheduler.step_update(state['epoch'] * len(batches))
+    state = restore(job)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.remove_after(state['epoch'])
+    model, optimizer = accelerator.prepare(job.model, job.optimizer)
 
     with tqdm(total=args.epochs * len(batches.data), initial=state['epoch'] * len(batches.data), unit=' images',
               mininterval=1. if sys.stderr.isatty() else 60., disable=not accelerator.is_main_process) as bar:
@@ -162,7 +174,7 @@ def train(job: Run) -> dict[str, Any]:
             if not math.isfinite(train_loss):
                 raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; lower --lr {args.lr}')
             val = evaluate(job.model, job.batches['val'], accelerator, job.amp)
-            scheduler.step(epoch + 1, val['top1'])
+            scheduler.step(epoch + 1)
             state['rows'].append(dict(epoch=epoch, train_loss=train_loss, eval_loss=val['loss'],
                                       eval_top1=val['top1'], eval_top5=val['top5'], lr=lr, train_seconds=seconds))
             better = val['top1'] > state['best_top1']
@@ -171,8 +183,8 @@ def train(job: Run) -> dict[str, Any]:
                 if better:
                     folder.write_weights(folder.best_weights(epoch), job.model.state_dict(), dict(epoch=epoch))
                 folder.save_checkpoint(dict(
-                    state, model=raw_state(job.model), optimizer=optimizer.state_dict(),
-                    scheduler=scheduler.state_dict(), rng=torch.get_rng_state()), args.checkpoint_hist)
+                    state, raw_model=raw_state(job.model), optimizer=optimizer.state_dict(),
+                    rng=torch.get_rng_state()), args.checkpoint_hist)
                 folder.write_summary(state['rows'])
                 bar.write(f'epoch {epoch + 1:3d}: train_loss {train_loss:.4f}, eval_loss {val["loss"]:.4f}, '
                           f'eval_top1 {val["top1"]:.2f}, lr {lr:.4g}, {len(batches.data) / seconds:.0f} images/s',
@@ -190,73 +202,83 @@ def test(job: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Tests the best and the last epoch's weights, and writes results.json, model.safetensors and curves.png."""
-    args, folder, gates = job.args, job.folder, timm_sd.depth_gates(job.model)
+    args, folder, gates, rows = job.args, job.folder, timm_sd.depth_gates(job.model), state['rows']
     images = {name: len(batches.data) for name, batches in job.batches.items()}
     last = test(job, job.model.state_dict())
     weights = safetensors.torch.load_file(folder.best_weights(state['best_epoch']))
     best = test(job, weights)
-    recipe = Path(args.config).stem
-    epoch_seconds = statistics.median(row['train_seconds'] for row in state['rows'])  # robust to a machine's other work
+    epoch_seconds = statistics.median(row['train_seconds'] for row in rows)  # robust to a machine's other work
+    origin = dict(
+        model=args.model, recipe=Path(args.config).stem, changed_from_recipe=changed_from_recipe(vars(args)),
+        seed=args.seed, epochs=args.epochs, dataset=args.dataset, images=images,
+        held_out='validation split' if args.val_split else f'{args.val_per_class} of each class')
     results = dict(
-        model=args.model, recipe=recipe, seed=args.seed, epochs=args.epochs,
-        dataset=args.dataset, images=images,
+        origin, param_count=sum(p.numel() for p in job.model.parameters()),
         drop_path_rate=gates.drop_path_rates[-1] if gates else 0.,
         expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
-        param_count=sum(p.numel() for p in job.model.parameters()),
-        best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4), test_best=best, test_last=last,
+        best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4),
+        val_top1_err_last=round(100 - rows[-1]['eval_top1'], 4), test_best=best, test_last=last,
         epoch_seconds=round(epoch_seconds, 2), images_per_second=round(images['train'] / epoch_seconds, 1),
-        hardware=hardware(job.accelerator, args.amp), versions=versions(),
-        args=vars(args),
-    )
+        hardware=hardware(job.accelerator, args.amp), versions=versions(), args=vars(args))
     if job.accelerator.is_main_process:
+        folder.write_summary(rows)
         folder.write_weights(folder.path / 'model.safetensors', weights, dict(
-            model=args.model, recipe=recipe, seed=args.seed, epochs=args.epochs, selected_epoch=state['best_epoch'],
-            dataset=args.dataset, images=json.dumps(images), test_top1_err=best['top1_err'],
+            origin, selected_epoch=state['best_epoch'], test_top1_err=best['top1_err'],
             test_top1_err_last_epoch=last['top1_err'], timm_sd=timm_sd.__version__))
-        save_curves(state['rows'], results, folder.path / 'curves.png')
+        save_curves(rows, results, folder.path / 'curves.png')
         folder.write_results(results)  # last: it says that the run is complete
     return results
+
+
+def open_folder(args: Any, accelerator: Accelerator, name: str) -> RunFolder:
+    """Finds the run folder on the main process, makes it, and tells the others: the clock is in its name."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find_run_folder(vars(args), name)]
+            found[0].create(vars(args))
+        except UserError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def main() -> None:
     """Parses, checks everything, and only then makes the run folder and trains."""
     args = parse(train_parser())
-    set_hub_quiet()
-    accelerator = Accelerator()
-    # accelerate launch says OMP_NUM_THREADS=1 to a process that has the machine to itself
-    torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    device = accelerator.device
-    if args.amp is None:
-        args.amp = default_amp(device.type)
-    torch.manual_seed(args.seed)
     check_model_name(args.model)
+    accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')  # the flags say it, not accelerate's config
+    device = accelerator.device
+    # accelerate launch says OMP_NUM_THREADS=1 to a process that has the machine to itself
+    torch.set_num_threads(args.threads or max(1, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))))
+    args.amp = default_amp(device.type) if args.amp is None else args.amp
+    args.global_batch_size = args.batch_size * accelerator.num_processes
+    torch.manual_seed(args.seed)
     train_set, val_set, test_set = load_data(args, accelerator.is_main_process and sys.stderr.isatty())
     parts = dict(train=train_set, val=val_set, test=test_set)
     check_sizes(args, parts)
-    model = build_model(args, len(train_set.class_names), train_set.images.shape[-1]).to(device)
+    model = build_model(args, len(train_set.class_names)).to(device)
+    check_image_size(args, model.pretrained_cfg, train_set.images.shape[2:])
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    common = dict(batch_size=args.batch_size, mean=args.mean or model.pretrained_cfg['mean'],
-                  std=args.std or model.pretrained_cfg['std'],
-                  rank=accelerator.process_index, world_size=accelerator.num_processes)
     augmentation = dict(train=True, crop_padding=args.crop_padding, hflip=args.hflip, seed=args.seed)
-    batches = {name: Batches(part.to(device), **common, **(augmentation if name == 'train' else {}))
-               for name, part in parts.items()}
+    batches = {name: Batches(part.to(device), args.batch_size, *mean_and_std(args, model.pretrained_cfg),
+                             rank=accelerator.process_index, world_size=accelerator.num_processes,
+                             **(augmentation if name == 'train' else {})) for name, part in parts.items()}
+    optimizer, scheduler = build_optimizer(args, model, len(batches['train']))
 
-    folder: list[Any] = [None]
-    if accelerator.is_main_process:
-        folder = [find_run_folder(vars(args), f'{args.model}-{train_set.images.shape[-1]}')]
-    broadcast_object_list(folder)  # the clock is in its name
-    job = Run(args, accelerator, autocast(device, args.amp), model, batches, folder[0])
-    results = job.folder.read_results()
+    folder = open_folder(args, accelerator, f'{args.model}-{train_set.images.shape[-1]}')
+    job = Run(args, accelerator, autocast(device, args.amp), model, optimizer, scheduler, batches, folder)
+    results = folder.read_results()
     if results is None:
         if accelerator.is_main_process:
-            job.folder.create(vars(args))
             print(header(job), file=sys.stderr, flush=True)
-        accelerator.wait_for_everyone()
         results = finish(job, train(job))
     if accelerator.is_main_process:
-        print(json.dumps(dict(run_folder=str(job.folder.path), **results)))
+        print(json.dumps(dict(run_folder=str(folder.path), **results)))
+    accelerator.end_training()
 
 
 if __name__ == '__main__':

@@ -11,9 +11,20 @@ from typing import Any
 
 import safetensors
 import timm
+import torch
 from accelerate import Accelerator
 
-from config import UserError, check_model_name, parse, run, set_hub_quiet, validate_parser
+from config import (
+    UserError,
+    check_classes,
+    check_image_size,
+    check_model_name,
+    mean_and_std,
+    parse,
+    run,
+    user_errors,
+    validate_parser,
+)
 from data import Batches, load_image_set
 from engine import autocast, evaluate
 from run_folder import write_atomic
@@ -32,47 +43,50 @@ def model_of(checkpoint: Path) -> str:
 
 
 def load_model(args: Any, num_classes: int) -> Any:
-    """The network with its weights.
-
-    Raises:
-        UserError: If there are no such weights, or they are those of another network.
-    """
+    """The network with its weights; UserError if there are none, or they are those of another network."""
     check_model_name(args.model)
-    try:
-        return timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes,
-                                 checkpoint_path=args.checkpoint or '', **args.model_kwargs)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
-        weights = f'--checkpoint {args.checkpoint}' if args.checkpoint else '--pretrained'
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(f'{weights} does not fit --model {args.model} with {num_classes} classes: {reason}') from error
+    if args.checkpoint:
+        what = f'--checkpoint {args.checkpoint} does not fit --model {args.model} with {num_classes} classes'
+        if not Path(args.checkpoint).is_file():
+            raise UserError(f'--checkpoint {args.checkpoint} is no file')
+    else:
+        what = f'pretrained weights of {args.model}'
+    with user_errors(what):
+        model: Any = timm.create_model(
+            args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint,
+            num_classes=num_classes if args.checkpoint else None, **args.model_kwargs)
+    if model.num_classes != num_classes:  # timm would replace the classifier by a random one
+        raise UserError(f'{args.model} knows {model.num_classes} classes, the data has {num_classes}; '
+                        'choose the data with --dataset, --data-dir and --target-key')
+    return model
 
 
 def main() -> None:
     """Loads data and model, evaluates, prints and writes one row of results."""
     args = parse(validate_parser())
-    set_hub_quiet()
     if args.checkpoint and args.model is None:
         args.model = model_of(Path(args.checkpoint))
     if args.model is None:
         raise UserError('neither --model nor --checkpoint is given')
     check_model_name(args.model)
-    accelerator = Accelerator()
+    if args.results_file and not Path(args.results_file).parent.is_dir():
+        raise UserError(f'--results-file {args.results_file}: there is no such folder')
+    accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')
     data = load_image_set(args.data_dir or args.dataset, args.split, args.dataset_config, args.input_key,
                           args.target_key, args.img_size, accelerator.is_main_process and sys.stderr.isatty())
-    if args.num_classes not in (None, len(data.class_names)):
-        raise UserError(f'--num-classes is {args.num_classes}, but the data has {len(data.class_names)} classes')
+    check_classes(args, len(data.class_names))
     model = load_model(args, len(data.class_names)).to(accelerator.device)
-    cfg = model.pretrained_cfg
-    size = data.images.shape[-1]
-    if args.img_size is None and size != cfg['input_size'][-1]:
-        raise UserError(f'images are {size} px, {args.model} wants {cfg["input_size"][-1]}; resize with --img-size')
-    batches = Batches(data.to(accelerator.device), args.batch_size, args.mean or cfg['mean'], args.std or cfg['std'],
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    size = data.images.shape[2:]
+    check_image_size(args, model.pretrained_cfg, (size[0], size[1]))
+    batches = Batches(data.to(accelerator.device), args.batch_size, *mean_and_std(args, model.pretrained_cfg),
                       rank=accelerator.process_index, world_size=accelerator.num_processes)
-    metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, bool(args.amp)))
+    metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, args.amp))
     row = dict(
         model=args.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
         top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
-        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2), img_size=size,
+        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2), img_size=size[0],
         crop_pct=1.0, interpolation='none' if args.img_size is None else 'bilinear')
     if accelerator.is_main_process:
         if args.results_file:

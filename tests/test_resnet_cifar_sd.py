@@ -100,8 +100,7 @@ def test_bfloat16_channels_last_keeps_the_layout():
 
 def test_odd_image_sizes():
     model = timm.create_model('sd_resnet20_cifar').train()
-    force_shapes = [model(torch.randn(2, 3, size, size)).shape for size in (27, 30, 33)]
-    assert force_shapes == [(2, 10)] * 3
+    assert [model(torch.randn(2, 3, size, size)).shape for size in (27, 30, 33)] == [(2, 10)] * 3
 
 
 # Ten steps of sd_resnet20_cifar on fixed noise, fp32: a change of any number here is a change of the method.

@@ -2,6 +2,7 @@
 import copy
 import math
 import pickle
+import random
 from collections import Counter
 
 import pytest
@@ -96,13 +97,12 @@ def test_gates_depend_on_seed_epoch_and_step_alone():
     assert [resumed.draw() for _ in range(13)] == first[7:]
 
 
-def test_drawing_leaves_torchs_generator_alone():
-    state = torch.get_rng_state()
-    network().train()(images())
-    gates = timm_sd.depth_gates(network())
-    state = torch.get_rng_state()
-    gates.draw()
+def test_drawing_leaves_the_global_generators_alone():
+    model, x = network().train(), images()
+    state, pythons_state = torch.get_rng_state(), random.getstate()
+    model(x)
     assert torch.equal(state, torch.get_rng_state())
+    assert pythons_state == random.getstate()
 
 
 def test_one_draw_a_forward_pass_by_every_way_in():
@@ -117,6 +117,26 @@ def test_one_draw_a_forward_pass_by_every_way_in():
     assert timm_sd.depth_gates(features).step == 1
     model.eval()(images())
     assert gates.step == 3
+
+
+def test_still_one_draw_a_pass_with_the_first_stage_frozen():
+    model = network().train()
+    gates = timm_sd.depth_gates(model)
+    model.layer1.eval()
+    drawn = set()
+    for step in range(8):
+        model(images())
+        assert gates.step == step + 1
+        drawn.add(tuple(gates.open))
+    assert len(drawn) > 1
+
+
+def test_another_module_in_the_drop_path_slot_is_used():
+    model = network(drop_path_rate=0.).train()
+    x = images()
+    plain = model(x)
+    model.layer2[1].drop_path = nn.Dropout(1.)  # all of the branch
+    assert not torch.allclose(model(x), plain)
 
 
 def test_constant_depth_has_no_gates():
@@ -226,7 +246,8 @@ def test_activation_checkpointing_sees_the_gates_of_its_own_forward_pass(scale):
         model.set_grad_checkpointing(checkpointing)
         # two forward passes before one backward pass: the recomputation comes after the second draw
         (model(images()).square().sum() + model(images(6)).square().sum()).backward()
-        return [p.grad for p in model.parameters()], timm_sd.depth_gates(model).step
+        statistics = dict(model.named_buffers())  # which the recomputation must not move a second time
+        return [p.grad for p in model.parameters()] + list(statistics.values()), timm_sd.depth_gates(model).step
 
     (plain, steps), (recomputed, checkpointed_steps) = gradients(False), gradients(True)
     assert steps == checkpointed_steps == 2
@@ -260,6 +281,24 @@ def test_gate_blocks_leaves_rate_zero_alone():
     blocks = list(network(drop_path_rate=0.).layer1)
     gate_blocks(blocks, 0.)
     assert all(isinstance(block.drop_path, nn.Identity) for block in blocks)
+
+
+def test_averaging_the_parameters_works_with_folding():
+    model = network(drop_path_scale='eval')
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    with torch.no_grad():
+        model.layer3[2].bn2.weight.fill_(3.)
+    average.update_parameters(model)
+    assert average.module.layer3[2].bn2.weight.tolist() == pytest.approx([2.] * 64)
+    assert average.module.state_dict()['layer3.2.bn2.weight'].tolist() == pytest.approx([1.] * 64)
+
+
+def test_evaluation_compiles_into_one_graph():
+    torch._dynamo.reset()
+    model = network().eval()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(images()), model(images()))
 
 
 def test_whole_model_compile_does_not_freeze_a_draw():

@@ -19,6 +19,7 @@ def timm_tests(tmp_path_factory):
     command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', 'timm', '-d', str(folder),
                f'timm=={timm.__version__}']
     if subprocess.run(command, capture_output=True).returncode:
+        assert 'CI' not in os.environ
         pytest.skip("timm's source distribution can't be downloaded here")
     version = f'timm-{timm.__version__}'
     with tarfile.open(next(folder.glob('*.tar.gz'))) as archive:  # not its timm/, which would shadow the installed one
@@ -32,6 +33,4 @@ def test_timms_own_tests_pass(timm_tests):
         [sys.executable, '-m', 'pytest', '-p', 'timm_contract', 'tests/test_models.py', '-k', 'sd_', '-q'],
         cwd=timm_tests, env=dict(os.environ, PYTHONPATH=str(TESTS)), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
-    passed = int(re.search(r'(\d+) passed', result.stdout)[1])
-    assert passed >= 20, result.stdout[-500:]  # ten test functions, two networks
-    assert 'failed' not in result.stdout
+    assert int(re.search(r'(\d+) passed', result.stdout)[1]) >= 20  # ten test functions, two networks, and pretrained

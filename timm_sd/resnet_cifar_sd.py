@@ -4,18 +4,20 @@ The block is conv-BN-ReLU-conv-BN with a ReLU **after** the addition. The shortc
 al.): where the shape changes, 2x2 average pooling, then zero channels appended. The stem is never dropped;
 downsampling blocks are, and then only their shortcut runs.
 """
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from .stochastic_depth import branch_scale, closed_block, gate_blocks, is_closed
+from .stochastic_depth import add_branch, closed_block, gate_blocks, is_closed
 
 __all__ = ['ResNetCifar']  # a list, as timm's registry wants it; register_model appends the entry points
 
@@ -48,19 +50,17 @@ class BasicBlock(nn.Module):
             in_chs: int,
             out_chs: int,
             stride: int = 1,
-            act_layer: type[nn.Module] = nn.ReLU,
-            norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
-        self.bn1 = norm_layer(out_chs, **dd)
-        self.act1 = act_layer(inplace=True)
+        self.bn1 = nn.BatchNorm2d(out_chs, **dd)
+        self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
-        self.bn2 = norm_layer(out_chs, **dd)
-        self.act2 = act_layer(inplace=True)
+        self.bn2 = nn.BatchNorm2d(out_chs, **dd)
+        self.act2 = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity() if stride == 1 else PoolPad(out_chs - in_chs)
         self.drop_path = nn.Identity()  # gate_blocks puts a DepthGate here
         self.grad_checkpointing = False
@@ -68,6 +68,26 @@ class BasicBlock(nn.Module):
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """The residual function f, (B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
         return self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+
+    def recomputed_branch(self, x: torch.Tensor) -> torch.Tensor:
+        """branch(x), whose activations are recomputed in the backward pass and not kept."""
+        return checkpoint(
+            self.branch, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.statistics_at_rest()))
+
+    @contextmanager
+    def statistics_at_rest(self) -> Iterator[None]:
+        """Within it batch norm moves no running statistic: the recomputation must not do so a second time."""
+        # not track_running_stats = False: autograd would then save fewer tensors than in the forward pass
+        layers = (self.bn1, self.bn2)
+        before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+        for layer in layers:
+            layer.momentum = 0.
+        try:
+            yield
+        finally:
+            for layer, (momentum, batches) in zip(layers, before, strict=True):
+                layer.momentum = momentum
+                layer.num_batches_tracked.copy_(batches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = self.shortcut(x)
@@ -78,9 +98,8 @@ class BasicBlock(nn.Module):
                 # No ReLU: x comes out of one, and pooling and zero channels keep it non-negative.
                 return closed_block(shortcut, self.parameters())
             # the branch, not the block, is recomputed: its gate must not be drawn a second time
-            residual = checkpoint(self.branch, x) if self.grad_checkpointing else self.branch(x)
-            # drop_path(residual), fused into the addition: a kernel of its own costs 3 % of the step
-            return self.act2(torch.add(shortcut, residual, alpha=branch_scale(self)))
+            residual = self.recomputed_branch(x) if self.grad_checkpointing else self.branch(x)
+            return self.act2(add_branch(self, shortcut, residual))
 
 
 class ResNetCifar(nn.Module):
@@ -114,8 +133,6 @@ class ResNetCifar(nn.Module):
             drop_path_mode: str = 'batch',
             drop_path_scale: str = 'train',
             drop_path_seed: int = 0,
-            act_layer: type[nn.Module] = nn.ReLU,
-            norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ) -> None:
@@ -127,12 +144,12 @@ class ResNetCifar(nn.Module):
         self.drop_rate = drop_rate
 
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
-        self.bn1 = norm_layer(16, **dd)
-        self.act1 = act_layer(inplace=True)
+        self.bn1 = nn.BatchNorm2d(16, **dd)
+        self.act1 = nn.ReLU(inplace=True)
 
         def stage(in_chs: int, out_chs: int, stride: int) -> nn.Sequential:
-            first = BasicBlock(in_chs, out_chs, stride, act_layer, norm_layer, **dd)
-            rest = [BasicBlock(out_chs, out_chs, 1, act_layer, norm_layer, **dd) for _ in range(blocks_per_stage - 1)]
+            first = BasicBlock(in_chs, out_chs, stride, **dd)
+            rest = [BasicBlock(out_chs, out_chs, 1, **dd) for _ in range(blocks_per_stage - 1)]
             return nn.Sequential(first, *rest)
 
         self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
