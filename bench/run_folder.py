@@ -22,7 +22,7 @@ import yaml
 from accelerate import Accelerator
 
 import timm_sd
-from config import UserError
+from config import UserError, cores
 
 # flags that may differ between a run and its resumption: they change nothing that is computed
 _FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads', 'batch_size')
@@ -96,9 +96,9 @@ class RunFolder:
         writer.writerows(rows)
         write_atomic(self.path / 'summary.csv', text.getvalue().encode())
 
-    def best_weights(self, epoch: int) -> Path:
-        """Where the weights of the best epoch lie until the run is complete."""
-        return self.checkpoints / f'best-{epoch:04d}.safetensors'
+    def best_weights(self, best_epoch: int) -> Path:
+        """Where the weights of the best epoch lie; numbered, as checkpoints are, by the epochs done."""
+        return self.checkpoints / f'best-{best_epoch + 1:04d}.safetensors'
 
     def write_weights(self, path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         """Writes a plain network's weights as safetensors; the metadata's values become strings."""
@@ -111,10 +111,10 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomic(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
-        for old in sorted(self.checkpoints.glob('checkpoint-*.pt'))[:-max(history, 1)]:
+        for old in sorted(self.checkpoints.glob('checkpoint-*.pt'))[:-history]:
             old.unlink()
         # One more than the checkpoints kept: each of them may name weights of its own, and a resume needs them.
-        for old in sorted(self.checkpoints.glob('best-*.safetensors'))[:-max(history, 1) - 1]:
+        for old in sorted(self.checkpoints.glob('best-*.safetensors'))[:-history - 1]:
             old.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -131,8 +131,7 @@ class RunFolder:
     def remove_after(self, epochs: int) -> None:
         """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""
         for path in (*self.checkpoints.glob('checkpoint-*.pt'), *self.checkpoints.glob('best-*.safetensors')):
-            number = int(path.stem.partition('-')[2])
-            if number > epochs or (path.suffix == '.safetensors' and number == epochs):
+            if int(path.stem.partition('-')[2]) > epochs:
                 path.unlink()
 
 
@@ -191,7 +190,7 @@ def hardware(accelerator: Accelerator, amp: bool) -> dict[str, Any]:
         info = Path('/proc/cpuinfo')
         lines = info.read_text().splitlines() if info.exists() else []
         names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-        device = f'{names[0] if names else platform.machine()}, {os.cpu_count()} cores'
+        device = f'{names[0] if names else platform.machine()}, {cores()} cores'
     return dict(device=device, processes=accelerator.num_processes, threads=torch.get_num_threads(), amp=amp)
 
 

@@ -4,14 +4,15 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import safetensors
 import timm
-from publish import CARDS, PRETRAINED, make_card
 
 import timm_sd  # noqa: F401
+from publish import CARDS, PRETRAINED, make_card
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.name for path in CARDS.iterdir() if path.is_dir())
@@ -25,6 +26,13 @@ def results_of(name):
 def test_every_bundled_file_has_a_card():
     assert {'sd_resnet20_cifar.c10', 'sd_resnet56_cifar.c10'} <= set(NAMES)
     assert sorted(path.stem for path in PRETRAINED.glob('*.safetensors')) == NAMES
+
+
+def test_wheel_holds_the_weights(tmp_path):
+    pip = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)]
+    subprocess.run(pip, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+        assert {f'timm_sd/pretrained/{name}.safetensors' for name in NAMES} <= set(wheel.namelist())
 
 
 @pytest.mark.parametrize('name', NAMES)
