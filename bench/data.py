@@ -76,6 +76,8 @@ def _load(name: str, split: str, config: str | None) -> datasets.Dataset:
     if not is_folder and name != 'digits':
         _check_hub(name)
     try:
+        if is_folder and config not in datasets.get_dataset_config_names(name):
+            config = None  # a folder of bare files in place of the Hub data set that a recipe names
         splits = _digits() if name == 'digits' else datasets.load_dataset(name, config)
     except ConnectionError as error:
         raise UserError(f'data set {name!r}: the Hub is unreachable and it is not in the cache; '

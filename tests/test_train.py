@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from PIL import Image
 
 BENCH = Path(__file__).parent.parent / 'bench'
 # the quickstart, smaller
@@ -302,6 +305,23 @@ def test_recipes_parse(recipe):
     args = parse(train_parser(), ['-c', recipe])
     assert args.config == recipe
     assert args.model.startswith('sd_resnet')
+
+
+def test_svhn_recipe_on_generated_data(tmp_path):
+    """train and extra joined, a share of each class of each held out."""
+    (tmp_path / 'data').mkdir()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list('0123456789')))
+    for split, per_class in (('train', 6), ('extra', 10), ('test', 3)):
+        labels = list(range(10)) * per_class
+        pictures = [Image.fromarray(np.full((32, 32, 3), 20 * label, np.uint8)) for label in labels]
+        data = datasets.Dataset.from_dict(dict(image=pictures, label=labels), features=features)
+        data.to_parquet(tmp_path / 'data' / f'{split}-00000-of-00001.parquet')
+    result = bench('train.py', '-c', 'svhn', '--data-dir', tmp_path, '--model', 'sd_resnet20_cifar.svhn', '--epochs', 1,
+                   '--val-per-class', 2, 3, '--output', tmp_path / 'output')
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout)
+    assert results['images'] == dict(train=110, val=50, test=30)
+    assert results['drop_path_rate'] == 0.5
 
 
 def learning_rates(recipe):

@@ -129,7 +129,7 @@ class DepthGate(nn.Module):
         self.train_scale = 1. / survival_prob if scale == 'train' else 1.
         self.eval_scale = survival_prob if scale == 'eval' else 1.
 
-    @torch.compiler.disable  # the gate stays outside of every compiled graph, or the first draw is frozen into it
+    @torch.compiler.disable  # the gate stays outside of every compiled graph, or each pattern would be compiled anew
     def is_open(self) -> bool:
         """Whether this block runs in this training forward pass. Ask once a pass."""
         return self.gates.is_open(self.index)
