@@ -106,7 +106,7 @@ def _recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
-def _number(kind: type, low: float, high: float = float('inf')) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = float('inf')) -> Callable[[str], Any]:
     """An argparse type: a number in [low, high]."""
     def convert(text: str) -> Any:
         value = kind(text)
@@ -125,7 +125,7 @@ def rate(text: str) -> float:
     return value
 
 
-count, fraction, positive = _number(int, 1), _number(float, 0, 1), _number(float, 0)
+count, fraction, positive = number(int, 1), number(float, 0, 1), number(float, 0)
 
 
 def _key_value(text: str) -> list[Any]:
@@ -202,13 +202,13 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--decay-milestones', type=count, nargs='+', default=[250, 375], metavar='EPOCH')
     group.add_argument('--decay-rate', type=positive, default=0.1)
     group.add_argument('--min-lr', type=positive, default=0.)
-    group.add_argument('--warmup-epochs', type=_number(int, 0), default=0)
+    group.add_argument('--warmup-epochs', type=number(int, 0), default=0)
     group.add_argument('--warmup-lr', type=positive, default=1e-5)
     group.add_argument('--warmup-constant', action=argparse.BooleanOptionalAction, default=False,
                        help='stay at --warmup-lr instead of climbing from it')
 
     group = parser.add_argument_group('augmentation')
-    group.add_argument('--crop-padding', type=_number(int, 0), default=4, help='pixels of zeros around, then a crop')
+    group.add_argument('--crop-padding', type=number(int, 0), default=4, help='pixels of zeros around, then a crop')
     group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
 
     group = parser.add_argument_group('run')

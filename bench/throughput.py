@@ -2,8 +2,8 @@
 
     python bench/throughput.py --model sd_resnet110_cifar --json bench/results/throughput.json
 
-All contestants live in one process and take turns (A B C A B C ...), so that a slow minute of the machine hits all of
-them; warm-up stays outside. Quoted are ratios within a round: the median over the rounds, and their range.
+All contestants live in one process and take short turns (A B C A B C ...), so that a slow moment of the machine hits
+all of them; warm-up stays outside. Quoted are ratios within a round: the median over the rounds, and the quartiles.
 """
 import argparse
 import io
@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sd
-from config import Parser, UserError, check_model_name, count, default_amp, parse, rate, run
+from config import Parser, UserError, check_model_name, count, default_amp, number, parse, rate, run
 from data import Batches, ImageSet
 from engine import autocast, train_epoch
 from run_folder import hardware, versions, write_atomic
@@ -107,8 +107,9 @@ def timm_drop_path(name: str, rate: float) -> nn.Module:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return dict(median=round(statistics.median(values), 4), min=round(min(values), 4), max=round(max(values), 4))
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return dict(median=round(middle, 4), q1=round(low, 4), q3=round(high, 4))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,8 +153,8 @@ def main() -> None:
     parser.add_argument('--model', default='sd_resnet110_cifar')
     parser.add_argument('--drop-path', type=rate, default=0.5, help='1 - p_L, above 0')
     parser.add_argument('-b', '--batch-size', type=count, default=128)
-    parser.add_argument('--steps', type=count, default=20, help='steps a turn')
-    parser.add_argument('--rounds', type=count, default=7, help='turns of each contestant')
+    parser.add_argument('--steps', type=count, default=2, help='steps a turn')
+    parser.add_argument('--rounds', type=number(int, 2), default=40, help='turns of each contestant, at least 2')
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
     parser.add_argument('--json', help='file to write')
     args = parse(parser)
@@ -161,11 +162,11 @@ def main() -> None:
     if args.drop_path == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
     results = measure(args)
-    print(f'{"":16}{"s/step":>9}{"images/s":>10}{"ratio":>8}   range')
+    print(f'{"":16}{"s/step":>9}{"images/s":>10}{"ratio":>8}   quartiles')
     for name, row in results['timings'].items():
         ratio = row['ratio_to_constant']
         print(f'{name:16}{row["step_seconds"]["median"]:9.4f}{row["images_per_second"]:10.0f}{ratio["median"]:8.3f}'
-              f'   {ratio["min"]:.3f} to {ratio["max"]:.3f}')
+              f'   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}')
     print(f'{results["blocks_open"]:.3f} of the blocks ran; {results["share_of_saving"]:.2f} of the possible saving '
           f'obtained; the loop runs at {results["loop_to_bare_throughput"]["median"]:.3f} of the bare step\'s images/s')
     if args.json:
