@@ -101,9 +101,9 @@ class RunFolder:
         return self.checkpoints / f'best-{best_epoch + 1:04d}.safetensors'
 
     def write_weights(self, path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-        """Writes a plain network's weights as safetensors; the metadata's values become strings."""
+        """Writes a plain network's weights as safetensors; metadata that isn't text becomes JSON."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        texts = {key: str(value) for key, value in metadata.items()}
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
         write_atomic(path, safetensors.torch.save(tensors, dict(texts, format='pt')))
 
     def save_checkpoint(self, state: dict[str, Any], history: int) -> None:

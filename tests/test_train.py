@@ -293,7 +293,7 @@ def test_checkpoint_of_another_model(finished):
 def test_pretrained_of_another_class_count(tmp_path):
     from test_data import write_parquet
     folder = write_parquet(tmp_path, size=32)
-    result = bench('validate.py', '--model', 'sd_resnet20_cifar', '--data-dir', folder, '--split', 'train')
+    result = bench('validate.py', '--model', 'sd_resnet56_cifar', '--data-dir', folder, '--split', 'train')
     assert result.returncode == 2
     assert '10 classes' in result.stderr
     assert 'the data has 2' in result.stderr
