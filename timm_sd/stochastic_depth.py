@@ -155,7 +155,7 @@ def is_closed(block: nn.Module) -> bool:
 def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """shortcut + block.drop_path(residual), each (B, C, H, W).
 
-    A `DepthGate`'s scale is fused into the addition: as a kernel of its own it costs 3 % of the step.
+    A `DepthGate`'s scale is fused into the addition: a kernel of its own would eat a good part of what is saved.
     """
     gate: Any = block.drop_path
     if isinstance(gate, DepthGate):
