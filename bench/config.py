@@ -271,7 +271,7 @@ def changed_from_recipe(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_amp(device_type: str) -> bool:
-    """Whether bf16 autocast is faster than fp32 there: on GPUs, and on CPUs with bf16 instructions (2.5 times)."""
+    """Whether bf16 autocast is faster than fp32 there: on GPUs, and on CPUs with bf16 instructions."""
     import torch
     if device_type != 'cpu':
         return True

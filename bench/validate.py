@@ -44,7 +44,6 @@ def model_of(checkpoint: Path) -> str:
 
 def load_model(args: Any, num_classes: int) -> Any:
     """The network with its weights; UserError if there are none, or they are those of another network."""
-    check_model_name(args.model)
     if args.checkpoint:
         what = f'--checkpoint {args.checkpoint} does not fit --model {args.model} with {num_classes} classes'
         if not Path(args.checkpoint).is_file():

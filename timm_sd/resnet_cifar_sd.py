@@ -282,9 +282,9 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_resnet_cifar(variant: str, depth: int, pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
+def _create_resnet_cifar(depth: int, pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     return build_model_with_cfg(
-        ResNetCifar, variant, pretrained,
+        ResNetCifar, f'sd_resnet{depth}_cifar', pretrained,
         feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
         blocks_per_stage=(depth - 2) // 6,
         **kwargs,
@@ -294,58 +294,58 @@ def _create_resnet_cifar(variant: str, depth: int, pretrained: bool = False, **k
 @register_model
 def sd_resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """20 layers: 9 blocks."""
-    return _create_resnet_cifar('sd_resnet20_cifar', 20, pretrained, **kwargs)
+    return _create_resnet_cifar(20, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """32 layers: 15 blocks."""
-    return _create_resnet_cifar('sd_resnet32_cifar', 32, pretrained, **kwargs)
+    return _create_resnet_cifar(32, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet38_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """38 layers: 18 blocks."""
-    return _create_resnet_cifar('sd_resnet38_cifar', 38, pretrained, **kwargs)
+    return _create_resnet_cifar(38, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """44 layers: 21 blocks."""
-    return _create_resnet_cifar('sd_resnet44_cifar', 44, pretrained, **kwargs)
+    return _create_resnet_cifar(44, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """56 layers: 27 blocks."""
-    return _create_resnet_cifar('sd_resnet56_cifar', 56, pretrained, **kwargs)
+    return _create_resnet_cifar(56, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet74_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """74 layers: 36 blocks."""
-    return _create_resnet_cifar('sd_resnet74_cifar', 74, pretrained, **kwargs)
+    return _create_resnet_cifar(74, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet92_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """92 layers: 45 blocks."""
-    return _create_resnet_cifar('sd_resnet92_cifar', 92, pretrained, **kwargs)
+    return _create_resnet_cifar(92, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """110 layers: 54 blocks, the paper's network for CIFAR."""
-    return _create_resnet_cifar('sd_resnet110_cifar', 110, pretrained, **kwargs)
+    return _create_resnet_cifar(110, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet152_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """152 layers: 75 blocks, the paper's network for SVHN."""
-    return _create_resnet_cifar('sd_resnet152_cifar', 152, pretrained, **kwargs)
+    return _create_resnet_cifar(152, pretrained, **kwargs)
 
 
 @register_model
 def sd_resnet1202_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
     """1202 layers: 600 blocks."""
-    return _create_resnet_cifar('sd_resnet1202_cifar', 1202, pretrained, **kwargs)
+    return _create_resnet_cifar(1202, pretrained, **kwargs)

@@ -122,7 +122,6 @@ class DepthGate(nn.Module):
 
     def __init__(self, gates: DepthGates, index: int, scale: str = 'train') -> None:
         super().__init__()
-        _check_choice('drop_path_scale', scale, SCALES)
         self.gates = gates
         self.index = index
         survival_prob = 1. - gates.drop_path_rates[index]
