@@ -186,6 +186,9 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop-path-scale', choices=timm_sd.SCALES)
     group.add_argument('--grad-checkpointing', action=argparse.BooleanOptionalAction, default=False,
                        help='recompute activations to save memory')
+    group.add_argument('--compile', choices=('blocks', 'model'),
+                       help="torch.compile: 'blocks' compiles each residual branch and leaves the gates outside")
+    group.add_argument('--torchcompile-mode', help='of torch.compile, such as reduce-overhead (CUDA graphs)')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--opt', default='sgd', help="timm's name; its sgd is Nesterov")
@@ -194,6 +197,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--weight-decay', type=positive, default=1e-4)
     group.add_argument('--filter-bias-and-bn', action=argparse.BooleanOptionalAction, default=False,
                        help='no weight decay on biases and BN (the paper decays all)')
+    group.add_argument('--grad-accum-steps', type=count, default=1, help='batches an update')
     group.add_argument('--smoothing', type=fraction, default=0., help='label smoothing')
     group.add_argument('--epochs', type=count, default=500)
     group.add_argument('--sched', default='multistep', choices=SCHEDULES)
@@ -216,6 +220,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--output', default='output/train', help='folder of the run folders')
     group.add_argument('--experiment', help='name of the run folder (default: time, model and image size)')
     group.add_argument('--resume', help="'auto', or a run folder to go on with")
+    group.add_argument('--require-processes', type=count, metavar='N', help='fail unless N processes train together')
     group.add_argument('--threads', type=count, help='CPU threads a process (default: cores / processes)')
     group.add_argument('--checkpoint-hist', type=count, default=2, help='checkpoints to keep')
     group.add_argument('--log-interval', type=count, default=20, help='steps between updates of the progress bar')

@@ -243,6 +243,11 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.data) // self.global_batch_size)
 
+    def images_of_update(self, step: int, grad_accum_steps: int) -> int:
+        """Images, of all ranks and of the batches it accumulates, in the update that batch `step` belongs to."""
+        images = self.global_batch_size * grad_accum_steps
+        return min(images, len(self.data) - step // grad_accum_steps * images)
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         device, n = self.data.images.device, len(self.data)
         generator = torch.Generator().manual_seed(random.Random(f'data/{self.seed}/{self.epoch}').getrandbits(63))

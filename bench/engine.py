@@ -1,6 +1,6 @@
 """One epoch of training, one pass of evaluation. Loss and accuracy stay on the device between logs."""
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def train_epoch(
         epoch: int,
         bar: tqdm,
         smoothing: float = 0.,
+        grad_accum_steps: int = 1,
         log_interval: int = 20,
 ) -> float:
     """Trains one epoch.
@@ -44,6 +45,7 @@ def train_epoch(
         epoch: From 0, for the scheduler.
         bar: The progress bar of the run, which counts images.
         smoothing: Label smoothing.
+        grad_accum_steps: Batches an update; each has gates of its own, and the ranks speak once an update.
         log_interval: Steps between updates of the progress bar, each of which waits for the device once.
 
     Returns:
@@ -52,13 +54,16 @@ def train_epoch(
     model.train()
     loss_sum, images = torch.zeros((), device=accelerator.device), 0
     for step, (x, target, size) in enumerate(batches):
-        with amp():
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=smoothing)
-        # DDP averages over the ranks, whose shares of the last batch may differ: divide by the whole batch here.
-        accelerator.backward(loss * (accelerator.num_processes / size))
-        optimizer.step()
-        optimizer.zero_grad()
+        is_update = (step + 1) % grad_accum_steps == 0 or step + 1 == len(batches)
+        with nullcontext() if is_update else accelerator.no_sync(model):
+            with amp():
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=smoothing)
+            # DDP averages over the ranks, whose shares of the last batch may differ: divide by all images here.
+            accelerator.backward(loss * (accelerator.num_processes / batches.images_of_update(step, grad_accum_steps)))
+        if is_update:
+            optimizer.step()
+            optimizer.zero_grad()
         scheduler.step_update(epoch * len(batches) + step + 1)
         loss_sum += loss.detach()
         images += len(target)

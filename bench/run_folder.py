@@ -20,12 +20,14 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from torch import nn
 
 import timm_sd
 from config import UserError, cores
 
 # flags that may differ between a run and its resumption: they change nothing that is computed
-_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads', 'batch_size')
+_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads', 'batch_size',
+         'require_processes')
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -133,6 +135,18 @@ class RunFolder:
         for path in (*self.checkpoints.glob('checkpoint-*.pt'), *self.checkpoints.glob('best-*.safetensors')):
             if int(path.stem.partition('-')[2]) > epochs:
                 path.unlink()
+
+
+def raw_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor as it is. A state_dict won't do for a bit-exact resume: with scale='eval' it is folded."""
+    return {name: tensor.detach() for tensors in (model.named_parameters(), model.named_buffers())
+            for name, tensor in tensors}
+
+
+@torch.no_grad()
+def load_raw_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    for name, tensor in raw_state(model).items():
+        tensor.copy_(state[name])
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from config import (
 from data import Batches, ImageSet, concatenate, hold_out, load_image_set
 from engine import Autocast, autocast, evaluate, train_epoch
 from figures import save_curves
-from run_folder import RunFolder, find_run_folder, hardware, versions
+from run_folder import RunFolder, find_run_folder, hardware, load_raw_state, raw_state, versions
 
 
 def load_data(args: Any, progress: bool) -> tuple[ImageSet, ImageSet, ImageSet]:
@@ -81,8 +81,14 @@ def build_model(args: Any, num_classes: int) -> Any:
     with user_errors(f'--model {args.model}'):
         model: Any = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes,
                                        **kwargs, **args.model_kwargs)
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if args.compile == 'model':
+            model.compile(mode=args.torchcompile_mode)
+        elif args.compile == 'blocks':
+            if not hasattr(model, 'compile_blocks'):
+                raise ValueError('only the sd_*_cifar networks compile by block; use --compile model')
+            model.compile_blocks(mode=args.torchcompile_mode)
     return model
 
 
@@ -97,18 +103,6 @@ def build_optimizer(args: Any, model: nn.Module, updates_per_epoch: int) -> tupl
     return optimizer, scheduler
 
 
-def raw_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor as it is. A state_dict won't do for a bit-exact resume: with scale='eval' it is folded."""
-    return {name: tensor.detach() for tensors in (model.named_parameters(), model.named_buffers())
-            for name, tensor in tensors}
-
-
-@torch.no_grad()
-def load_raw_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    for name, tensor in raw_state(model).items():
-        tensor.copy_(state[name])
-
-
 class Run(NamedTuple):
     """What a training works with."""
     args: Any
@@ -121,17 +115,32 @@ class Run(NamedTuple):
     folder: RunFolder
 
 
+def processes(accelerator: Accelerator) -> str:
+    """How many processes train together, for the header; it says so if a launcher started more than that."""
+    together, started = accelerator.num_processes, int(os.environ.get('WORLD_SIZE', '1'))
+    strangers = f' (of {started} started, unrelated: see README, Several processes)' if started > together else ''
+    return f'{together} process{"es" if together > 1 else ""}{strangers}'
+
+
+def check_processes(args: Any, accelerator: Accelerator) -> None:
+    """--require-processes: a launch that silently became one process must not train for days before it is seen."""
+    if args.require_processes not in (None, accelerator.num_processes):
+        raise UserError(f'--require-processes is {args.require_processes}, but here train {processes(accelerator)}; '
+                        'README, Several processes, has the launch lines')
+
+
 def header(job: Run) -> str:
     """One line: device, precision, processes, network, data, gates."""
     args, device = job.args, job.accelerator.device
     dtype = 'bf16' if args.amp else 'fp32'
     layout = ', channels_last' if args.channels_last else ''
+    compiled = f' (compiled {args.compile})' if args.compile else ''
     sizes = '/'.join(str(len(batches.data)) for batches in job.batches.values())
     gates = timm_sd.depth_gates(job.model)
     depth = 'constant depth' if gates is None else (
         f'p_L {1 - gates.drop_path_rates[-1]:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks')
     return (f'{device} ({torch.get_num_threads()} threads), {dtype}{layout} | '
-            f'{job.accelerator.num_processes} process(es) x batch {args.batch_size} | {args.model} | '
+            f'{processes(job.accelerator)} x batch {args.batch_size} | {args.model}{compiled} | '
             f'{args.data_dir or args.dataset} {sizes} train/val/test | {depth} | {job.folder.path}')
 
 
@@ -169,7 +178,7 @@ def train(job: Run) -> dict[str, Any]:
                 gates.set_epoch(epoch)
             lr, start = optimizer.param_groups[0]['lr'], time.perf_counter()
             train_loss = train_epoch(model, batches, optimizer, scheduler, accelerator, job.amp, epoch, bar,
-                                     args.smoothing, args.log_interval)
+                                     args.smoothing, args.grad_accum_steps, args.log_interval)
             seconds = time.perf_counter() - start
             if not math.isfinite(train_loss):
                 raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; lower --lr {args.lr}')
@@ -250,6 +259,7 @@ def main() -> None:
     args = parse(train_parser())
     check_model_name(args.model)
     accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')  # the flags say it, not accelerate's config
+    check_processes(args, accelerator)
     device = accelerator.device
     # accelerate launch says OMP_NUM_THREADS=1 to a process that has the machine to itself
     torch.set_num_threads(args.threads or max(1, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))))

@@ -64,15 +64,19 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else PoolPad(out_chs - in_chs)
         self.drop_path = nn.Identity()  # gate_blocks puts a DepthGate here
         self.grad_checkpointing = False
+        self.compiled_branch: Any = None  # see ResNetCifar.compile_blocks
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """The residual function f, (B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
         return self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
 
-    def recomputed_branch(self, x: torch.Tensor) -> torch.Tensor:
-        """branch(x), whose activations are recomputed in the backward pass and not kept."""
+    def run_branch(self, x: torch.Tensor) -> torch.Tensor:
+        """branch(x): compiled for training, or with activations recomputed in the backward pass, where asked for."""
+        branch = (self.training and self.compiled_branch) or BasicBlock.branch
+        if not self.grad_checkpointing:
+            return branch(self, x)
         return checkpoint(
-            self.branch, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.statistics_at_rest()))
+            branch, self, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.statistics_at_rest()))
 
     @contextmanager
     def statistics_at_rest(self) -> Iterator[None]:
@@ -97,9 +101,8 @@ class BasicBlock(nn.Module):
             if is_closed(self):
                 # No ReLU: x comes out of one, and pooling and zero channels keep it non-negative.
                 return closed_block(shortcut, self.parameters())
-            # the branch, not the block, is recomputed: its gate must not be drawn a second time
-            residual = self.recomputed_branch(x) if self.grad_checkpointing else self.branch(x)
-            return self.act2(add_branch(self, shortcut, residual))
+            # the branch, not the block, is compiled and recomputed: a gate is asked once a pass, and on the host
+            return self.act2(add_branch(self, shortcut, self.run_branch(x)))
 
 
 class ResNetCifar(nn.Module):
@@ -182,6 +185,22 @@ class ResNetCifar(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for block in (*self.layer1, *self.layer2, *self.layer3):
             block.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles the residual branches for training; the gates stay outside, so 2^L patterns need no more builds.
+
+        Not each block's own branch: its parameters are inputs of the graph, so blocks of one shape share one build,
+        and a deepcopy of the network runs the same code on its own weights.
+
+        Args:
+            **options: Of `torch.compile`, such as mode='reduce-overhead' (CUDA graphs).
+        """
+        # five shapes of branch, each at the full and the last batch's size, and once more where it is recomputed
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        compiled = torch.compile(BasicBlock.branch, dynamic=False, **options)
+        for block in (*self.layer1, *self.layer2, *self.layer3):
+            block.compiled_branch = compiled
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -177,8 +177,10 @@ class _ClosedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         needed = ctx.needs_input_grad[1:]
-        zeros = [torch.zeros_like(p) if need else None for p, need in zip(ctx.saved_tensors, needed, strict=True)]
-        return grad, *zeros
+        grads = [torch.empty_like(p) if need else None for p, need in zip(ctx.saved_tensors, needed, strict=True)]
+        # one kernel a block, not one a parameter: on a GPU the step is bound by launches
+        torch._foreach_zero_([zeros for zeros in grads if zeros is not None])
+        return grad, *grads
 
 
 def closed_block(shortcut: torch.Tensor, params: Iterable[nn.Parameter]) -> torch.Tensor:
