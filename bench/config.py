@@ -183,6 +183,7 @@ def train_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('stochastic depth')
     group.add_argument('--drop-path', type=rate, help="1 - p_L (default: the model's)")
     group.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES)
+    group.add_argument('--drop-path-mode', choices=timm_sd.MODES)
     group.add_argument('--drop-path-scale', choices=timm_sd.SCALES)
     group.add_argument('--grad-checkpointing', action=argparse.BooleanOptionalAction, default=False,
                        help='recompute activations to save memory')

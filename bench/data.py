@@ -65,7 +65,7 @@ def _check_hub(name: str) -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def _load(name: str, split: str, config: str | None) -> datasets.Dataset:
+def load_split(name: str, split: str, config: str | None) -> datasets.Dataset:
     """One split of a Hub data set, of a local folder, or of 'digits'."""
     is_folder = Path(name).is_dir()
     if not is_folder and (name.startswith(('.', '/', '~')) or name.count('/') > 1):
@@ -127,7 +127,7 @@ def load_image_set(
     Raises:
         UserError: If the data set, a column or a file in it can't be used.
     """
-    data = _load(name, split, config)
+    data = load_split(name, split, config)
     image_key = _column(data.features, datasets.Image, input_key, '--input-key')
     label_key = _column(data.features, datasets.ClassLabel, target_key, '--target-key')
     columns = data.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))

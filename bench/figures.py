@@ -1,5 +1,6 @@
-"""Pictures of a run."""
+"""Pictures of runs and of what they cost."""
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,63 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 from run_folder import write_atomic  # noqa: E402
+
+
+def save_ratios(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the ratio of each row with its quartiles, and the limit where there is one.
+
+    Args:
+        rows: The rows of throughput.py.
+        path: The PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.45 * len(rows)), layout='constrained')
+    for place, row in enumerate(rows):
+        ratio = row['ratio']
+        low, high = ratio['median'] - ratio['q1'], ratio['q3'] - ratio['median']
+        axes.barh(place, ratio['median'], height=0.6, color='tab:orange' if 'limit' in row else '0.7',
+                  xerr=[[low], [high]], error_kw=dict(lw=1, capsize=3))
+        if 'limit' in row:
+            axes.plot([row['limit']] * 2, [place - 0.4, place + 0.4], color='black', lw=2)
+    axes.axvline(1., color='black', lw=0.8, ls=':')
+    axes.set_yticks(range(len(rows)), [f'{row["model"]}, {row["name"]}' for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel('time a step, ratio with quartiles; the thick line is what the open blocks alone would cost')
+    _save(figure, [axes], path)
+
+
+def save_sweep(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws time and memory a step over depth, batch size and p_L.
+
+    Args:
+        rows: The rows of throughput.py --sweep.
+        path: The PNG to write.
+    """
+    axes_names = dict(depth='layers', batch_size='batch', drop_path='1 - p_L')
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout='constrained')
+    for (axis, label), (top, bottom) in zip(axes_names.items(), panels.T, strict=True):
+        for mode, style in (('constant', dict(color='0.4', ls='--')), ('batch', dict(color='tab:orange'))):
+            points = [row for row in rows if row['axis'] == axis and row['name'].startswith(mode)]
+            x = [row['at'] for row in points]
+            top.plot(x, [row['step_seconds']['median'] for row in points], marker='o', ms=4, label=mode, **style)
+            bottom.plot(x, [row.get('peak_mib', float('nan')) for row in points], marker='o', ms=4, **style)
+        if axis != 'drop_path':
+            for panel in (top, bottom):
+                panel.set(xscale='log', yscale='log')
+        bottom.set_xlabel(label)
+    panels[0, 0].set_ylabel('seconds a step')
+    panels[1, 0].set_ylabel('peak memory (MiB)')
+    panels[0, 0].legend(frameon=False)
+    _save(figure, panels.flat, path)
+
+
+def _save(figure: Any, panels: Iterable[Any], path: Path) -> None:
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[['top', 'right']].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    plt.close(figure)
+    write_atomic(path, buffer.getvalue())
 
 
 def save_curves(rows: list[dict[str, float]], results: dict[str, Any], path: Path) -> None:
@@ -31,11 +89,5 @@ def save_curves(rows: list[dict[str, float]], results: dict[str, Any], path: Pat
     right.plot(best + 1, results['test_best']['top1_err'], 'k*', ms=10, label='test, at the best validation epoch')
     right.set(xlabel='epoch', ylabel='error (%)')
     right.legend(frameon=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
     figure.suptitle(f'{results["model"]}, drop_path_rate {results["drop_path_rate"]}, {results["dataset"]}')
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    write_atomic(path, buffer.getvalue())
+    _save(figure, (left, right), path)

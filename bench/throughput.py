@@ -1,109 +1,35 @@
-"""Step time of stochastic depth against constant depth, and of the whole training loop against the bare step.
+"""What stochastic depth saves: step time and peak memory against constant depth, and the share of what can be saved.
 
-    python bench/throughput.py --model sd_resnet110_cifar --json bench/results/throughput.json
+    python bench/throughput.py --drop-path 0.5 0.8                    # constant depth, this project, timm's DropPath
+    python bench/throughput.py --modes constant batch torchvision-row --compiled
+    python bench/throughput.py --sweep                                # over depth, batch and p_L
+    python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
 
-All contestants live in one process and take short turns (A B C A B C ...), so that a slow moment of the machine hits
-all of them; warm-up stays outside. Quoted are ratios within a round: the median over the rounds, and the quartiles.
+Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
+turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
 """
 import argparse
+import csv
 import io
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.layers import DropPath
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from torch import nn
 from tqdm import tqdm
 
-import timm_sd
 from config import Parser, UserError, check_model_name, count, default_amp, number, parse, rate, run
-from data import Batches, ImageSet
-from engine import autocast, train_epoch
+from contestants import MODES, Entry, peak_memory, time_in_turns
+from end_to_end import time_epochs
+from figures import save_ratios, save_sweep
 from run_folder import hardware, versions, write_atomic
 
-
-class Contestant:
-    """A network with its optimiser, and the training steps it is timed by.
-
-    Args:
-        model: The network.
-        args: The flags.
-        accelerator: Says which device.
-    """
-
-    def __init__(self, model: Any, args: argparse.Namespace, accelerator: Accelerator) -> None:
-        self.accelerator, self.amp = accelerator, autocast(accelerator.device, args.amp)
-        self.model = model.to(accelerator.device).to(memory_format=torch.channels_last).train()
-        self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False)
-        self.gates = timm_sd.depth_gates(model)
-        size = model.pretrained_cfg['input_size']
-        pictures = torch.randint(256, (args.batch_size * args.steps, *size), dtype=torch.uint8)
-        data = ImageSet(pictures, torch.randint(10, (len(pictures),)), [str(n) for n in range(10)])
-        self.batches = Batches(data.to(accelerator.device), args.batch_size, (0.5,) * size[0], (0.25,) * size[0],
-                               train=True, crop_padding=4, hflip=0.5)
-        self.x, self.target, _ = next(iter(self.batches))
-        self.depths: list[int] = []  # open blocks of each timed step
-
-    def _seconds(self, work: Any, round_: int) -> float:
-        if self.gates is not None:
-            self.gates.set_epoch(round_)
-        self._synchronize()
-        start = time.perf_counter()
-        work()
-        self._synchronize()
-        return (time.perf_counter() - start) / len(self.batches)
-
-    def _synchronize(self) -> None:
-        if self.accelerator.device.type == 'cuda':
-            torch.cuda.synchronize()
-
-    def _bare_steps(self) -> None:
-        for _ in range(len(self.batches)):
-            with self.amp():
-                loss = F.cross_entropy(self.model(self.x), self.target)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def _loop(self) -> None:
-        scheduler, _ = create_scheduler_v2(self.optimizer, 'constant', 1, updates_per_epoch=len(self.batches))
-        train_epoch(self.model, self.batches, self.optimizer, scheduler, self.accelerator, self.amp, 0,
-                    tqdm(total=len(self.batches.data), file=io.StringIO()))
-
-    def bare(self, round_: int) -> float:
-        """Seconds a step: forward, backward, update, on one batch that is there already."""
-        return self._seconds(self._bare_steps, round_)
-
-    def loop(self, round_: int) -> float:
-        """Seconds a step of the whole loop: the same gates, with order, augmentation and logging."""
-        return self._seconds(self._loop, round_)
-
-    def open_share(self, rounds: int) -> float:
-        """Share of the blocks that the timed steps ran."""
-        if self.gates is None:
-            return 1.
-        drawn = []
-        for round_ in range(rounds):
-            self.gates.set_epoch(round_)
-            drawn += [sum(self.gates.draw()) / len(self.gates.open) for _ in range(len(self.batches))]
-        return statistics.mean(drawn)
-
-
-def timm_drop_path(name: str, rate: float) -> nn.Module:
-    """timm's DropPath at the paper's rates: a gate for each sample, applied to a branch that has run."""
-    model = timm.create_model(name, drop_path_rate=0.)
-    blocks = [module for module in model.modules() if hasattr(module, 'drop_path')]
-    for block, block_rate in zip(blocks, timm_sd.drop_path_rates(len(blocks), rate), strict=True):
-        block.drop_path = DropPath(block_rate)
-    return model
+SWEEP: tuple[dict[str, Any], ...] = (
+    *(dict(axis='depth', at=depth, model=f'sd_resnet{depth}_cifar') for depth in (20, 56, 110, 152, 1202)),
+    *(dict(axis='batch_size', at=size, batch_size=size) for size in (32, 64, 128, 256)),
+    *(dict(axis='drop_path', at=value, drop_path=value) for value in (0.2, 0.5, 0.8)),
+)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -112,65 +38,138 @@ def spread(values: list[float]) -> dict[str, float]:
     return dict(median=round(middle, 4), q1=round(low, 4), q3=round(high, 4))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Times all contestants in turns."""
-    accelerator = Accelerator()
-    args.amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
-    torch.manual_seed(0)
-    models = dict(
-        constant=timm.create_model(args.model, drop_path_rate=0.),
-        timm_drop_path=timm_drop_path(args.model, args.drop_path),
-        batch=timm.create_model(args.model, drop_path_rate=args.drop_path),
-    )
-    contestants = {name: Contestant(model, args, accelerator) for name, model in models.items()}
-    ours = contestants['batch']
-    timings = {name: contestant.bare for name, contestant in contestants.items()} | dict(loop=ours.loop)
-    seconds: dict[str, list[float]] = {name: [] for name in timings}
-    for round_ in tqdm(range(-1, args.rounds), desc='rounds, the first to warm up'):
-        for name, timing in timings.items():
-            elapsed = timing(max(round_, 0))
-            if round_ >= 0:
-                seconds[name].append(elapsed)
-
-    share_open = ours.open_share(args.rounds)
-    rows = {}
-    for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds['constant'], strict=True)]
-        rows[name] = dict(step_seconds=spread(values), ratio_to_constant=spread(ratios),
-                          images_per_second=round(args.batch_size / statistics.median(values), 1))
-    ratio = rows['batch']['ratio_to_constant']['median']
-    return dict(
-        model=args.model, drop_path_rate=args.drop_path, batch_size=args.batch_size, steps=args.steps,
-        rounds=args.rounds, blocks_open=round(share_open, 4), timings=rows,
-        share_of_saving=round((1 - ratio) / (1 - share_open), 4),
-        loop_to_bare_throughput=spread([b / w for b, w in zip(seconds['batch'], seconds['loop'], strict=True)]),
-        hardware=hardware(accelerator, args.amp), versions=versions())
+def measure(model: str, entries: list[Entry], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times the entries on one network and probes their memory; a row for each, and one for the whole loop."""
+    timings = time_in_turns(model, entries, args)
+    constant = timings.seconds[Entry('constant', 0.).name]
+    base = statistics.median(constant)
+    rows = []
+    for name, seconds in timings.seconds.items():
+        entry = next((entry for entry in entries if entry.name == name), None)
+        row = dict(model=model, name=name, batch_size=args.batch_size, step_seconds=spread(seconds),
+                   images_per_second=round(args.batch_size / statistics.median(seconds), 1),
+                   ratio=spread([own / other for own, other in zip(seconds, constant, strict=True)]))
+        if name == 'loop':
+            bare = timings.seconds[next(entry.name for entry in entries if entry.mode == 'batch')]
+            row['images_to_bare'] = spread([other / own for other, own in zip(bare, seconds, strict=True)])
+        if entry is not None and args.memory:
+            row['peak_mib'] = peak_memory(model, entry, args)
+        if entry is not None and entry.mode == 'batch' and not entry.compiled:
+            closed = timings.closed[name]
+            savable = [sum(n * cost for n, cost in zip(step, timings.block_seconds, strict=True)) / base
+                       for step in closed]
+            row['blocks_open'] = round(1 - statistics.mean(map(sum, closed)) / sum(timings.blocks), 4)
+            row['limit'] = round(1 - statistics.mean(savable), 4)
+            row['share_of_saving'] = round((1 - row['ratio']['median']) / statistics.mean(savable), 4)
+        rows.append(row)
+    return rows
 
 
-def main() -> None:
-    """Measures, prints a table and writes JSON."""
+def end_to_end(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whole epochs; the ratios are to the last contestant, timm's train.py where it is given."""
+    epochs = time_epochs(model, args)
+    base = statistics.median(list(epochs.values())[-1])
+    return [dict(model=model, name=name, batch_size=args.batch_size,
+                 step_seconds=spread([value * args.batch_size / args.images for value in values]),
+                 images_per_second=round(args.images / statistics.median(values), 1),
+                 ratio=spread([value / base for value in values])) for name, values in epochs.items()]
+
+
+def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Constant depth and mode batch over depth, batch and p_L, one thing changed at a time."""
+    rows = []
+    for point in tqdm(SWEEP, desc='sweep'):
+        changed = argparse.Namespace(**{**vars(args), 'batch_size': point.get('batch_size', args.batch_size)})
+        entries = [Entry('constant', 0.), Entry('batch', point.get('drop_path', args.drop_path[0]))]
+        model = point.get('model', args.model[0])
+        rows += [dict(axis=point['axis'], at=point['at'], **row)
+                 for row in measure(model, entries, changed) if row['name'] != 'loop']
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a row; what wasn't measured stays empty."""
+    print(f'{"network":20}{"":32}{"batch":>6}{"s/step":>9}{"images/s":>10}{"ratio":>8}   {"quartiles":16}{"limit":>7}'
+          f'{"share":>7}{"MiB":>8}')
+    for row in rows:
+        ratio = row['ratio']
+        print(f'{row["model"]:20}{row["name"]:32}{row["batch_size"]:6}{row["step_seconds"]["median"]:9.4f}'
+              f'{row["images_per_second"]:10.1f}{ratio["median"]:8.3f}   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}  '
+              f'{row.get("limit", ""):>7}{row.get("share_of_saving", ""):>7}{row.get("peak_mib", ""):>8}')
+
+
+def as_csv(rows: list[dict[str, Any]]) -> bytes:
+    """The rows, a spread as three columns."""
+    flat = [{f'{key}_{part}' if part else key: entry for key, value in row.items()
+             for part, entry in (value.items() if isinstance(value, dict) else [('', value)])} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in flat for key in row)),
+                            lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue().encode()
+
+
+def throughput_parser() -> Parser:
+    """The flags."""
     parser = Parser('Times stochastic depth against constant depth.')
-    parser.add_argument('--model', default='sd_resnet110_cifar')
-    parser.add_argument('--drop-path', type=rate, default=0.5, help='1 - p_L, above 0')
+    parser.add_argument('--model', nargs='+', default=['sd_resnet110_cifar'])
+    parser.add_argument('--modes', nargs='+', choices=MODES, default=['constant', 'batch', 'sample'])
+    parser.add_argument('--drop-path', nargs='+', type=rate, default=[0.5], help='1 - p_L, above 0')
+    parser.add_argument('--compiled', action='store_true', help='time each mode with compiled branches too')
+    parser.add_argument('--torchcompile-mode', help='of torch.compile, such as reduce-overhead (CUDA graphs)')
     parser.add_argument('-b', '--batch-size', type=count, default=128)
     parser.add_argument('--steps', type=count, default=2, help='steps a turn')
     parser.add_argument('--rounds', type=number(int, 2), default=40, help='turns of each contestant, at least 2')
     parser.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
-    parser.add_argument('--json', help='file to write')
-    args = parse(parser)
-    check_model_name(args.model)
-    if args.drop_path == 0:
+    parser.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
+    parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True, help='probe the peak memory')
+    parser.add_argument('--sweep', action='store_true', help='how the cost grows with depth, batch and p_L')
+    parser.add_argument('--end-to-end', action='store_true', help='whole epochs of train.py')
+    parser.add_argument('--timm-train', help="path of timm's train.py, to be timed beside it")
+    parser.add_argument('--data-dir', help='end to end: folder of parquet files (default: generated pictures)')
+    parser.add_argument('--images', type=count, default=6400, help='end to end: training images an epoch')
+    parser.add_argument('--epochs', type=number(int, 3), default=3, help='end to end: epochs, the first to warm up')
+    parser.add_argument('--repeats', type=number(int, 1), default=2, help='end to end: turns of each contestant')
+    parser.add_argument('--output', metavar='PREFIX', help='writes PREFIX.json, PREFIX.csv and PREFIX.png')
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """What argparse can't check."""
+    for name in args.model:
+        check_model_name(name)
+        if not name.startswith('sd_') or '_cifar' not in name:
+            raise UserError(f'--model {name} has no stages of blocks to be taken away; choose one of sd_resnet*_cifar')
+    if min(args.drop_path) == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
-    results = measure(args)
-    print(f'{"":16}{"s/step":>9}{"images/s":>10}{"ratio":>8}   quartiles')
-    for name, row in results['timings'].items():
-        ratio = row['ratio_to_constant']
-        print(f'{name:16}{row["step_seconds"]["median"]:9.4f}{row["images_per_second"]:10.0f}{ratio["median"]:8.3f}'
-              f'   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}')
-    print(f'{results["blocks_open"]:.3f} of the blocks ran; {results["share_of_saving"]:.2f} of the possible saving '
-          f'obtained; the loop runs at {results["loop_to_bare_throughput"]["median"]:.3f} of the bare step\'s images/s')
-    if args.json:
-        write_atomic(Path(args.json), (json.dumps(results, indent=2) + '\n').encode())
+    if 'constant' not in args.modes:
+        raise UserError(f'--modes {" ".join(args.modes)} lacks constant, which the others are compared with')
+    if args.timm_train is not None and not Path(args.timm_train).is_file():
+        raise UserError(f"--timm-train {args.timm_train} is no file; give the train.py of a clone of timm's repository")
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON, CSV and a picture."""
+    args = parse(throughput_parser())
+    check(args)
+    accelerator = Accelerator()
+    amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
+    entries = [Entry(mode, value, compiled) for compiled in ([False, True] if args.compiled else [False])
+               for mode in args.modes for value in ([0.] if mode == 'constant' else args.drop_path)]
+    if args.end_to_end:
+        rows, draw = [row for name in args.model for row in end_to_end(name, args)], save_ratios
+    elif args.sweep:
+        rows, draw = sweep(args), save_sweep
+    else:
+        rows, draw = [row for name in args.model for row in measure(name, entries, args)], save_ratios
+    print_table(rows)
+    if args.output:
+        prefix = Path(args.output)
+        results = dict(rows=rows, args=vars(args), hardware=hardware(accelerator, amp), versions=versions())
+        write_atomic(prefix.with_suffix('.json'), (json.dumps(results, indent=2) + '\n').encode())
+        write_atomic(prefix.with_suffix('.csv'), as_csv(rows))
+        draw(rows, prefix.with_suffix('.png'))
 
 
 if __name__ == '__main__':

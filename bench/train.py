@@ -74,7 +74,7 @@ def check_sizes(args: Any, parts: dict[str, ImageSet]) -> None:
 def build_model(args: Any, num_classes: int) -> Any:
     """The network of the flags; UserError if one doesn't suit it."""
     gates = dict(drop_path_rate=args.drop_path, drop_path_schedule=args.drop_path_schedule,
-                 drop_path_scale=args.drop_path_scale, drop_path_seed=args.seed)
+                 drop_path_mode=args.drop_path_mode, drop_path_scale=args.drop_path_scale, drop_path_seed=args.seed)
     kwargs = {key: value for key, value in gates.items() if value is not None}
     if not args.model.startswith('sd_'):
         kwargs.pop('drop_path_seed')
@@ -115,6 +115,11 @@ class Run(NamedTuple):
     folder: RunFolder
 
 
+def last_rate(job: Run) -> float:
+    """1 - p_L of the network."""
+    return getattr(job.model, 'drop_path_rate', job.args.drop_path or 0.)
+
+
 def processes(accelerator: Accelerator) -> str:
     """How many processes train together, for the header; it says so if a launcher started more than that."""
     together, started = accelerator.num_processes, int(os.environ.get('WORLD_SIZE', '1'))
@@ -137,8 +142,9 @@ def header(job: Run) -> str:
     compiled = f' (compiled {args.compile})' if args.compile else ''
     sizes = '/'.join(str(len(batches.data)) for batches in job.batches.values())
     gates = timm_sd.depth_gates(job.model)
-    depth = 'constant depth' if gates is None else (
-        f'p_L {1 - gates.drop_path_rates[-1]:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks')
+    rate = last_rate(job)
+    depth = 'constant depth' if rate == 0 else f"p_L {1 - rate:g}, timm's DropPath" if gates is None else (
+        f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks')
     return (f'{device} ({torch.get_num_threads()} threads), {dtype}{layout} | '
             f'{processes(job.accelerator)} x batch {args.batch_size} | {args.model}{compiled} | '
             f'{args.data_dir or args.dataset} {sizes} train/val/test | {depth} | {job.folder.path}')
@@ -223,7 +229,7 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
         held_out='validation split' if args.val_split else f'{args.val_per_class} of each class')
     results = dict(
         origin, param_count=sum(p.numel() for p in job.model.parameters()),
-        drop_path_rate=gates.drop_path_rates[-1] if gates else 0.,
+        drop_path_rate=last_rate(job),
         expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
         best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4),
         val_top1_err_last=round(100 - rows[-1]['eval_top1'], 4), test_best=best, test_last=last,

@@ -45,17 +45,15 @@ def test_compiled_blocks_train_as_eager_ones_without_recompilation(checkpointing
         eager.set_grad_checkpointing()
     model = copy.deepcopy(eager)
     model.compile_blocks()
-    gates = timm_sd.depth_gates(model)
 
-    warm_up, draw = copy.deepcopy(model), gates.draw
+    warm_up = copy.deepcopy(model)
     timm_sd.depth_gates(warm_up).draw = lambda: None  # all open: each shape is built once for either batch size
     train(warm_up, batches[1:3], amp)
     graphs = counters['stats']['unique_graphs']
     assert graphs == 10 * (2 if checkpointing else 1)  # five shapes of branch x two sizes, and their recomputation
-    assert gates.draw == draw and gates.step == 0
 
     losses = train(model, batches, amp)
-    assert gates.step == 12
+    assert timm_sd.depth_gates(model).step == 12
     assert counters['stats']['unique_graphs'] == graphs
     assert losses == pytest.approx(train(eager, batches, amp), rel=0.02 if amp else 1e-3)
     for ours, theirs in zip(model.buffers(), eager.buffers(), strict=True):

@@ -116,7 +116,7 @@ class ResNetCifar(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: 1 - p_L, in [0, 1); 0 is the constant-depth network.
         drop_path_schedule: 'linear' or 'uniform'.
-        drop_path_mode: 'batch'.
+        drop_path_mode: 'batch' or 'sample', see `gate_blocks`.
         drop_path_scale: 'train' or 'eval'.
         drop_path_seed: Seed of the gates.
 
@@ -145,6 +145,7 @@ class ResNetCifar(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = 64
         self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
 
         self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(16, **dd)

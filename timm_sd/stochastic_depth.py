@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 SCHEDULES = ('linear', 'uniform')
-MODES = ('batch',)
+MODES = ('batch', 'sample')
 SCALES = ('train', 'eval')
 
 
@@ -227,20 +228,24 @@ def gate_blocks(
         blocks: The residual blocks in the order of the forward pass. Each asks `is_closed(block)` before it runs.
         drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
         schedule: 'linear' or 'uniform', see `drop_path_rates`.
-        mode: 'batch', the paper's one gate for the whole mini-batch.
+        mode: 'batch', the paper's one gate for the whole mini-batch, or 'sample', timm's DropPath, which computes
+            every branch and drops it for some samples; it saves nothing and is there for comparison.
         scale: 'train' or 'eval', see `DepthGate`.
         seed: Seed of the gates.
         last_affine: Name of the affine layer that ends each block's branch.
 
     Raises:
-        ValueError: If the rate, schedule, mode or scale isn't one of these.
+        ValueError: If the rate, schedule, mode or scale isn't one of these, or mode and scale don't go together.
     """
     _check_choice('drop_path_mode', mode, MODES)
-    _check_choice('drop_path_scale', scale, SCALES)
+    _check_choice('drop_path_scale', scale, SCALES if mode == 'batch' else ('train',))
     gates = DepthGates(drop_path_rates(len(blocks), drop_path_rate, schedule), seed)
     if drop_path_rate == 0.:
         return
     for index, block in enumerate(blocks):
+        if mode == 'sample':
+            block.drop_path = DropPath(gates.drop_path_rates[index])
+            continue
         block.drop_path = DepthGate(gates, index, scale)
         if scale == 'eval':
             layer = getattr(block, last_affine)
@@ -249,5 +254,5 @@ def gate_blocks(
 
 
 def depth_gates(model: nn.Module) -> DepthGates | None:
-    """The gates of `model`, also when it is wrapped (DDP, torch.compile); None at constant depth."""
+    """The gates of `model`, also when it is wrapped (DDP, torch.compile); None at constant depth and with DropPath."""
     return next((module.gates for module in model.modules() if isinstance(module, DepthGate)), None)

@@ -1,0 +1,192 @@
+"""What throughput.py times: networks that differ in how they drop blocks, and training steps of them.
+
+All contestants live in one process and take short turns (A B C A B C ...), so that a slow moment of the machine hits
+all of them. Besides them run networks that lack a stage's blocks: what a block of each stage costs is measured on plain
+networks, so the limit that a share of the saving refers to knows nothing of this project's code.
+"""
+import argparse
+import io
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torchvision.ops import StochasticDepth
+from tqdm import tqdm
+
+import timm_sd
+from config import default_amp
+from data import Batches, ImageSet
+from engine import autocast, train_epoch
+
+MODES = ('constant', 'batch', 'sample', 'torchvision-batch', 'torchvision-row')
+STAGES = ('layer1', 'layer2', 'layer3')
+
+
+class Entry(NamedTuple):
+    """One contestant: how it drops blocks, 1 - p_L, and whether its branches are compiled."""
+    mode: str
+    rate: float
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        p_last = '' if self.mode == 'constant' else f', p_L {1 - self.rate:g}'
+        return f'{self.mode}{p_last}{", compiled" if self.compiled else ""}'
+
+
+def blocks_of(model: Any) -> list[list[Any]]:
+    """The residual blocks, a list for each stage."""
+    return [list(getattr(model, stage)) for stage in STAGES]
+
+
+def build(model: str, entry: Entry) -> Any:
+    """The network of an entry; those of other libraries get the paper's rates."""
+    in_timm_sd = entry.mode in timm_sd.MODES
+    network: Any = timm.create_model(model, drop_path_rate=entry.rate if in_timm_sd else 0.,
+                                     drop_path_mode=entry.mode if in_timm_sd else 'batch')
+    if entry.mode.startswith('torchvision-'):
+        blocks = sum(blocks_of(network), [])
+        for block, rate in zip(blocks, timm_sd.drop_path_rates(len(blocks), entry.rate), strict=True):
+            block.drop_path = StochasticDepth(rate, entry.mode.removeprefix('torchvision-'))
+    return network
+
+
+def without_stage(model: str, stage: str) -> Any:
+    """Constant depth, but only the first block of one stage."""
+    network = build(model, Entry('constant', 0.))
+    setattr(network, stage, getattr(network, stage)[:1])
+    return network
+
+
+class Contestant:
+    """A network with its optimiser, and the training steps it is timed by.
+
+    Args:
+        model: The network.
+        args: The flags.
+        compiled: Compile its branches.
+    """
+
+    def __init__(self, model: Any, args: argparse.Namespace, compiled: bool = False) -> None:
+        self.accelerator = Accelerator()
+        device = self.accelerator.device
+        self.amp = autocast(device, default_amp(device.type) if args.amp is None else args.amp)
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if compiled:
+            model.compile_blocks(mode=args.torchcompile_mode)
+        self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False)
+        self.gates = timm_sd.depth_gates(model)
+        size = model.pretrained_cfg['input_size']
+        pictures = torch.randint(256, (args.batch_size * args.steps, *size), dtype=torch.uint8)
+        data = ImageSet(pictures, torch.randint(10, (len(pictures),)), [str(n) for n in range(10)])
+        self.batches = Batches(data.to(device), args.batch_size, (0.5,) * size[0], (0.25,) * size[0],
+                               train=True, crop_padding=4, hflip=0.5)
+        self.x, self.target, _ = next(iter(self.batches))
+
+    def seconds(self, steps: Callable[[], None], round_: int) -> float:
+        """Seconds a step of a turn, whose gates are those of epoch `round_`."""
+        if self.gates is not None:
+            self.gates.set_epoch(round_)
+        self.synchronize()
+        start = time.perf_counter()
+        steps()
+        self.synchronize()
+        return (time.perf_counter() - start) / len(self.batches)
+
+    def synchronize(self) -> None:
+        if self.accelerator.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def bare(self) -> None:
+        """A turn of forward, backward and update on one batch that is there already."""
+        for _ in range(len(self.batches)):
+            with self.amp():
+                loss = F.cross_entropy(self.model(self.x), self.target)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def loop(self) -> None:
+        """A turn of the whole training loop: the same gates, with order, augmentation and logging."""
+        scheduler, _ = create_scheduler_v2(self.optimizer, 'constant', 1, updates_per_epoch=len(self.batches))
+        train_epoch(self.model, self.batches, self.optimizer, scheduler, self.accelerator, self.amp, 0,
+                    tqdm(total=len(self.batches.data), file=io.StringIO()))
+
+    def closed(self, round_: int) -> list[float]:
+        """Closed blocks of each stage, mean over the steps of a turn."""
+        steps, stages = len(self.batches), [len(blocks) for blocks in blocks_of(self.model)]
+        if self.gates is None:
+            return [0.] * len(stages)
+        self.gates.set_epoch(round_)
+        draws = [iter(self.gates.draw()) for _ in range(steps)]
+        return [sum(not next(draw) for draw in draws for _ in range(blocks)) / steps for blocks in stages]
+
+
+class Timings(NamedTuple):
+    """Seconds a step of every round, by name; of each stage the blocks, a block's cost, and closed ones a round."""
+    seconds: dict[str, list[float]]
+    blocks: list[int]
+    block_seconds: list[float]
+    closed: dict[str, list[list[float]]]
+
+
+def time_in_turns(model: str, entries: list[Entry], args: argparse.Namespace) -> Timings:
+    """Times the bare steps of `entries`, and the first mode-'batch' one inside the whole training loop too ('loop').
+
+    Args:
+        model: Name of the network.
+        entries: The contestants; 'constant' must be among them.
+        args: batch_size, steps, rounds, amp, grad_checkpointing, torchcompile_mode.
+    """
+    torch.manual_seed(0)
+    contestants = {entry.name: Contestant(build(model, entry), args, entry.compiled) for entry in entries}
+    shortened = {stage: Contestant(without_stage(model, stage), args) for stage in STAGES}
+    turns = {name: (contestant, contestant.bare) for name, contestant in {**contestants, **shortened}.items()}
+    ours = [contestants[entry.name] for entry in entries if entry.mode == 'batch']
+    if ours:
+        turns['loop'] = ours[0], ours[0].loop
+
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for round_ in tqdm(range(-1, args.rounds), desc=f'{model}, rounds, the first to warm up', leave=False):
+        for name, (contestant, steps) in turns.items():
+            elapsed = contestant.seconds(steps, max(round_, 0))
+            if round_ >= 0:
+                seconds[name].append(elapsed)
+    blocks = [len(stage) for stage in blocks_of(contestants['constant'].model)]
+    saved = [[full - short for full, short in zip(seconds['constant'], seconds.pop(stage), strict=True)]
+             for stage in STAGES]
+    return Timings(
+        seconds, blocks, [statistics.median(values) / max(1, n - 1) for values, n in zip(saved, blocks, strict=True)],
+        {name: [contestant.closed(round_) for round_ in range(args.rounds)]
+         for name, contestant in contestants.items()})
+
+
+def _peak(model: str, entry: Entry, args: argparse.Namespace) -> float:
+    contestant = Contestant(build(model, entry), args, entry.compiled)
+    if contestant.accelerator.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        contestant.bare()
+        return torch.cuda.max_memory_allocated() / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contestant.bare()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def peak_memory(model: str, entry: Entry, args: argparse.Namespace) -> float:
+    """MiB that training steps need: on a GPU what torch allocates, on a CPU how far the process grows.
+
+    Measured in a process of its own, for the size of a process never falls.
+    """
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return round(pool.apply(_peak, (model, entry, args)), 1)

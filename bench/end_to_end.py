@@ -1,0 +1,105 @@
+"""Whole epochs, timed from outside: train.py on one process and on two, and timm's own train.py on the same data.
+
+An epoch's time is that between two rows of summary.csv, which both scripts write when an epoch is done: training,
+validation on the same test images, and saving. The first epoch, with start-up and warm-up, doesn't count.
+"""
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from config import UserError, cores, default_amp
+from data import load_split
+
+TRAIN = str(Path(__file__).parent / 'train.py')
+
+
+def write_subset(folder: Path, args: argparse.Namespace) -> None:
+    """Parquet files of the first --images training images and a fifth as many test images, columns img and label."""
+    for split, images in (('train', args.images), ('test', args.images // 5)):
+        if args.data_dir:
+            data = load_split(args.data_dir, split, None)
+            if len(data) < images:
+                raise UserError(f'--data-dir {args.data_dir} has {len(data)} images in {split}, '
+                                f'--images {args.images} wants {images}')
+            data = data.select(range(images))
+        else:
+            generator = np.random.default_rng(0)
+            smooth = generator.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+            features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+            data = datasets.Dataset.from_dict(
+                dict(img=[Image.fromarray(picture).resize((32, 32), Image.Resampling.BILINEAR) for picture in smooth],
+                     label=generator.integers(0, 10, images)), features=features)
+        data.to_parquet(str(folder / f'{split}-00000-of-00001.parquet'))
+
+
+def commands(model: str, data: Path, output: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The command lines, by name."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    shared = ['--model', model, '--drop-path', str(args.drop_path[0]), '--epochs', str(args.epochs), '--opt', 'sgd',
+              '--lr', '0.1', '--channels-last', '--output', str(output)]
+    ours = [*shared, '-c', 'cifar10', '--data-dir', str(data), '--val-split', 'test', '--experiment']
+    amp = default_amp('cpu') if args.amp is None else args.amp
+    ours[:0] = ['--amp' if amp else '--no-amp']
+    size = args.batch_size
+    launch = ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+              '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port)]
+    found = {
+        'train.py': [sys.executable, TRAIN, *ours, 'one', '-b', str(size)],
+        'train.py, 2 processes': [*launch, TRAIN, *ours, 'two', '-b', str(size // 2), '--require-processes', '2'],
+    }
+    if args.timm_train:
+        found["timm's train.py"] = [
+            sys.executable, '-m', 'timm_sd', args.timm_train, *shared, '--model-kwargs', 'drop_path_mode=sample',
+            '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--num-classes', '10',
+            '--val-split', 'test', '--train-crop-mode', 'rkrc', '--color-jitter', '0', '--device', 'cpu',
+            *(['--amp', '--amp-dtype', 'bfloat16'] if amp else []), '-b', str(size), '-j', str(cores()),
+            '--no-prefetcher', '--sched', 'step', '--warmup-epochs', '0', '--log-interval', '1000',
+            '--experiment', 'timm']
+    return found
+
+
+def epoch_seconds(command: list[str], summary: Path, epochs: int) -> list[float]:
+    """Runs a training that writes `summary` and returns the seconds of each epoch but the first."""
+    env = dict(os.environ, ACCELERATE_USE_CPU='true') if 'accelerate' in command else dict(os.environ)
+    with tempfile.TemporaryFile('w+') as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+        ends: list[float] = []
+        try:
+            while process.poll() is None and len(ends) < epochs:
+                time.sleep(0.02)
+                rows = len(summary.read_text().splitlines()) - 1 if summary.exists() else 0
+                ends += [time.perf_counter()] * (rows - len(ends))
+        finally:
+            process.terminate()
+            process.wait()
+        if len(ends) < epochs:
+            log.seek(0)
+            raise UserError(f'{" ".join(command[:4])} ... failed: {log.read()[-1500:]}')
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def time_epochs(model: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each epoch but the first of every contestant, which run in turns."""
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch, 'data')
+        data.mkdir()
+        write_subset(data, args)
+        for repeat in range(args.repeats):
+            turn = commands(model, data, Path(scratch, f'turn-{repeat}'), args)
+            for name, command in tqdm(turn.items(), desc=f'{model}, turn {repeat + 1} of {args.repeats}'):
+                output = Path(command[command.index('--output') + 1], command[command.index('--experiment') + 1])
+                seconds.setdefault(name, []).extend(epoch_seconds(command, output / 'summary.csv', args.epochs))
+    return seconds
