@@ -85,7 +85,8 @@ class Contestant:
             model.set_grad_checkpointing()
         if compiled:
             model.compile_blocks(mode=args.torchcompile_mode)
-        self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False)
+        self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False,
+                                             fused=True)
         self.gates = timm_sd.depth_gates(model)
         size = model.pretrained_cfg['input_size']
         pictures = torch.randint(256, (args.batch_size * args.steps, *size), dtype=torch.uint8)

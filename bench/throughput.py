@@ -16,11 +16,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from config import Parser, UserError, check_model_name, count, default_amp, number, parse, rate, run
-from contestants import MODES, Entry, peak_memory, time_in_turns
+from contestants import MODES, Contestant, Entry, build, peak_memory, time_in_turns
 from end_to_end import time_epochs
 from figures import save_ratios, save_sweep
 from run_folder import hardware, versions, write_atomic
@@ -98,6 +99,17 @@ def print_table(rows: list[dict[str, Any]]) -> None:
               f'{row.get("limit", ""):>7}{row.get("share_of_saving", ""):>7}{row.get("peak_mib", ""):>8}')
 
 
+def print_profile(model: str, entry: Entry, args: argparse.Namespace) -> None:
+    """The operators of a turn of training steps by the time they take themselves."""
+    contestant = Contestant(build(model, entry), args, entry.compiled)
+    contestant.bare()
+    with torch.profiler.profile() as profile:
+        contestant.bare()
+    sort_by = 'self_cpu_time_total' if contestant.accelerator.device.type == 'cpu' else 'self_device_time_total'
+    print(f'{model}, {entry.name}, {args.steps} steps')
+    print(profile.key_averages().table(sort_by=sort_by, row_limit=16, max_name_column_width=40))
+
+
 def as_csv(rows: list[dict[str, Any]]) -> bytes:
     """The rows, a spread as three columns."""
     flat = [{f'{key}_{part}' if part else key: entry for key, value in row.items()
@@ -125,6 +137,7 @@ def throughput_parser() -> Parser:
     parser.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
     parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True, help='probe the peak memory')
     parser.add_argument('--sweep', action='store_true', help='how the cost grows with depth, batch and p_L')
+    parser.add_argument('--profile', action='store_true', help='the operators of a step, with their times and counts')
     parser.add_argument('--end-to-end', action='store_true', help='whole epochs of train.py')
     parser.add_argument('--timm-train', help="path of timm's train.py, to be timed beside it")
     parser.add_argument('--data-dir', help='end to end: folder of parquet files (default: generated pictures)')
@@ -157,6 +170,11 @@ def main() -> None:
     amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
     entries = [Entry(mode, value, compiled) for compiled in ([False, True] if args.compiled else [False])
                for mode in args.modes for value in ([0.] if mode == 'constant' else args.drop_path)]
+    if args.profile:
+        for name in args.model:
+            for entry in entries:
+                print_profile(name, entry, args)
+        return
     if args.end_to_end:
         rows, draw = [row for name in args.model for row in end_to_end(name, args)], save_ratios
     elif args.sweep:

@@ -94,9 +94,12 @@ def build_model(args: Any, num_classes: int) -> Any:
 
 def build_optimizer(args: Any, model: nn.Module, updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
     """timm's optimiser and schedule of the flags; UserError if one is unknown."""
+    # torch's own optimisers in one kernel: of 110 layers' 330 tensors the plain loop takes twice as long
+    fused: dict[str, Any] = dict(fused=True) if args.opt in ('sgd', 'momentum', 'adam', 'adamw') else {}
     with user_errors(f'--opt {args.opt}, --sched {args.sched}'):
-        optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, momentum=args.momentum,
-                                        weight_decay=args.weight_decay, filter_bias_and_bn=args.filter_bias_and_bn)
+        optimizer = create_optimizer_v2(
+            model, opt=args.opt, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+            filter_bias_and_bn=args.filter_bias_and_bn, **fused)
         scheduler, _ = create_scheduler_v2(optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(args))
     if args.warmup_constant:  # timm's warm-up always climbs
         scheduler.warmup_steps = [0.] * len(optimizer.param_groups)
@@ -125,13 +128,6 @@ def processes(accelerator: Accelerator) -> str:
     together, started = accelerator.num_processes, int(os.environ.get('WORLD_SIZE', '1'))
     strangers = f' (of {started} started, unrelated: see README, Several processes)' if started > together else ''
     return f'{together} process{"es" if together > 1 else ""}{strangers}'
-
-
-def check_processes(args: Any, accelerator: Accelerator) -> None:
-    """--require-processes: a launch that silently became one process must not train for days before it is seen."""
-    if args.require_processes not in (None, accelerator.num_processes):
-        raise UserError(f'--require-processes is {args.require_processes}, but here train {processes(accelerator)}; '
-                        'README, Several processes, has the launch lines')
 
 
 def header(job: Run) -> str:
@@ -265,10 +261,13 @@ def main() -> None:
     args = parse(train_parser())
     check_model_name(args.model)
     accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')  # the flags say it, not accelerate's config
-    check_processes(args, accelerator)
+    if args.require_processes not in (None, accelerator.num_processes):
+        raise UserError(f'--require-processes is {args.require_processes}, but here train {processes(accelerator)}; '
+                        'README, Several processes, has the launch lines')
     device = accelerator.device
     # accelerate launch says OMP_NUM_THREADS=1 to a process that has the machine to itself
     torch.set_num_threads(args.threads or max(1, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))))
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
     args.amp = default_amp(device.type) if args.amp is None else args.amp
     args.global_batch_size = args.batch_size * accelerator.num_processes
     torch.manual_seed(args.seed)

@@ -38,6 +38,10 @@ def test_table_json_csv_and_picture(tmp_path):
     assert row['blocks_open'] == pytest.approx(sum(drawn) / len(drawn) / 9, abs=1e-4)
 
 
+def test_profile_names_the_operators():
+    assert 'aten::convolution_backward' in throughput(*SMALL, '--modes', 'constant', '--profile')
+
+
 def test_peak_memory_grows_with_the_batch(tmp_path):
     peaks = []
     for size in (8, 256):
