@@ -7,10 +7,10 @@ networks, so the limit that a share of the saving refers to knows nothing of thi
 import argparse
 import io
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -23,7 +23,7 @@ from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
 import timm_sd
-from config import default_amp
+from config import UserError, default_amp
 from data import Batches, ImageSet
 from engine import autocast, train_epoch
 
@@ -173,15 +173,23 @@ def time_in_turns(model: str, entries: list[Entry], args: argparse.Namespace) ->
          for name, contestant in contestants.items()})
 
 
+def _high_water_mark() -> int:
+    """The largest size of this process so far, in KiB; not getrusage's, which counts the process that started it."""
+    status = Path('/proc/self/status')
+    if not status.exists():
+        raise UserError('peak memory on a CPU is read from /proc, which this system lacks; use --no-memory')
+    return int(status.read_text().partition('VmHWM:')[2].split()[0])
+
+
 def _peak(model: str, entry: Entry, args: argparse.Namespace) -> float:
     contestant = Contestant(build(model, entry), args, entry.compiled)
     if contestant.accelerator.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         contestant.bare()
         return torch.cuda.max_memory_allocated() / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water_mark()
     contestant.bare()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_high_water_mark() - before) / 1024
 
 
 def peak_memory(model: str, entry: Entry, args: argparse.Namespace) -> float:

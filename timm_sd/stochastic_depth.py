@@ -179,8 +179,8 @@ class _ClosedBlock(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         needed = ctx.needs_input_grad[1:]
         grads = [torch.empty_like(p) if need else None for p, need in zip(ctx.saved_tensors, needed, strict=True)]
-        # one kernel a block, not one a parameter: on a GPU the step is bound by launches
-        torch._foreach_zero_([zeros for zeros in grads if zeros is not None])
+        if any(needed):  # one kernel a block, not one a parameter: on a GPU the step is bound by launches
+            torch._foreach_zero_([zeros for zeros in grads if zeros is not None])
         return grad, *grads
 
 
