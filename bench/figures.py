@@ -1,6 +1,6 @@
 """Pictures of runs and of what they cost."""
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,23 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 from run_folder import write_atomic  # noqa: E402
+
+
+def save_gates(rates: Sequence[float], path: Path) -> None:
+    """Draws the survival probability of each block, p_l, as the paper's Fig. 2.
+
+    Args:
+        rates: 1 - p_l of each block.
+        path: The PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 2.4), layout='constrained')
+    blocks = range(1, len(rates) + 1)
+    axes.bar(blocks, [1 - rate for rate in rates], width=0.8, color='tab:orange', label='survives: p_l')
+    axes.bar(blocks, rates, bottom=[1 - rate for rate in rates], width=0.8, color='0.85', label='dropped')
+    axes.set(xlabel='block', ylabel='probability', ylim=(0, 1), xlim=(0.4, len(rates) + 0.6))
+    axes.legend(loc='center left', bbox_to_anchor=(1., 0.5), frameon=False)
+    axes.set_title(f'{sum(1 - rate for rate in rates):.1f} of {len(rates)} blocks run in expectation', fontsize=10)
+    _save(figure, [axes], path)
 
 
 def save_ratios(rows: list[dict[str, Any]], path: Path) -> None:
@@ -31,7 +48,7 @@ def save_ratios(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(1., color='black', lw=0.8, ls=':')
     axes.set_yticks(range(len(rows)), [f'{row["model"]}, {row["name"]}' for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel('time a step, ratio with quartiles; the thick line is what the open blocks alone would cost')
+    axes.set_xlabel('time a step, ratio with quartiles; thick line: the open blocks alone')
     _save(figure, [axes], path)
 
 

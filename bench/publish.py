@@ -1,28 +1,41 @@
-"""Makes a finished run's weights public: python bench/publish.py RUN_FOLDER --bundle.
+"""Makes a finished run's weights public.
 
---bundle puts the weights into the package (timm_sd/pretrained/), and the card with the run's results.json and
-summary.csv under hub_cards/. The card is built from results.json; nothing in it is typed by hand.
+    python bench/publish.py RUN_FOLDER --repo ORG/NAME              # puts it on the Hub
+    python bench/publish.py RUN_FOLDER --repo ORG/NAME --dry-run    # writes the repository folder, for reading
+    python bench/publish.py RUN_FOLDER --bundle                     # into the package, the card under hub_cards/
+
+A repository holds model.safetensors, config.json, README.md (the card), results.json, summary.csv, curves.png and
+gates.png; never a pickle. The card is built from results.json; nothing in it is typed by hand.
 """
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
+from timm.models import save_for_hf
 
 import timm_sd
 from config import Parser, UserError, check_model_name, parse, run
+from figures import save_gates
 from run_folder import RunFolder, write_atomic
 
 CARDS = Path(__file__).parent.parent / 'hub_cards'
+RESULTS = Path(__file__).parent / 'results'
 PRETRAINED = Path(timm_sd.__file__).parent / 'pretrained'
 
 DATASETS = dict(c10='uoft-cs/cifar10', c100='uoft-cs/cifar100', svhn='ufldl-stanford/svhn')
 
-# test error in percent, Table 1 of the paper: 500 epochs, and selection as here
+# test error in percent, the paper's full budget and selection as here
 PAPER = {
-    'sd_resnet110_cifar.c10': '5.25 for stochastic depth (p_L = 0.5) and 6.41 for constant depth after 500 epochs',
-    'sd_resnet110_cifar.c100': '24.98 for stochastic depth (p_L = 0.5) and 27.76 for constant depth after 500 epochs',
+    'sd_resnet110_cifar.c10': '5.25 at p_L = 0.5 and 6.41 at constant depth (Table 1)',
+    'sd_resnet110_cifar.c100': '24.98 at p_L = 0.5 and 27.76 at constant depth (Table 1)',
+    'sd_resnet56_cifar.c10': '5.84 at p_L = 0.9 and 6.27 at constant depth (Fig. 8)',
+    'sd_resnet20_cifar.c10': '7.60 at p_L = 0.9 and 8.31 at constant depth (Fig. 8)',
+    'sd_resnet152_cifar.svhn': '1.75 at p_L = 0.5 and 1.80 at constant depth (Table 1)',
 }
 
 
@@ -34,8 +47,19 @@ def full_name(model: str) -> str:
     return f'{cfg.architecture}.{cfg.tag}'
 
 
-def make_card(folder: Path) -> str:
-    """The model card of the results.json in `folder`."""
+def measured_saving(name: str, drop_path_rate: float) -> dict[str, Any] | None:
+    """What throughput.py measured for this network and p_L: its row and the hardware, or None if it did not."""
+    wanted = name.partition('.')[0], f'batch, p_L {1 - drop_path_rate:g}'
+    for path in sorted(RESULTS.glob('throughput*.json')):
+        measured: Any = json.loads(path.read_text())
+        for row in measured['rows']:
+            if (row['model'], row['name']) == wanted:
+                return dict(row, hardware=measured['hardware'])
+    return None
+
+
+def make_card(folder: Path, repo: str | None = None) -> str:
+    """The model card of the results.json in `folder`; its snippets load from `repo`, or from the package."""
     results: Any = json.loads((folder / 'results.json').read_text())
     name, accuracy = full_name(results['model']), round(100 - results['test_best']['top1_err'], 2)
     data = ModelCardData(
@@ -45,13 +69,14 @@ def make_card(folder: Path) -> str:
             task_type='image-classification', dataset_type=results['dataset'], dataset_name=results['dataset'],
             dataset_split='test', metric_type='accuracy', metric_value=accuracy, metric_name='Top-1 accuracy (%)')])
     card = ModelCard.from_template(
-        data, template_path=str(CARDS / 'template.md'), name=name, r=results, paper=PAPER.get(name),
+        data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
+        paper=PAPER.get(name), saving=measured_saving(name, results['drop_path_rate']),
         classes=timm.create_model(name).num_classes)
     return str(card)
 
 
-def bundle(run_folder: Path) -> None:
-    """Copies a finished run's weights into the package and its results under hub_cards/."""
+def read_run(run_folder: Path) -> tuple[str, dict[str, Any]]:
+    """The full model name and the results of a finished run that may stand for it."""
     results = RunFolder(run_folder).read_results()
     if results is None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
@@ -61,23 +86,79 @@ def bundle(run_folder: Path) -> None:
     if results['dataset'] != DATASETS[tag] or results['drop_path_rate'] == 0:
         raise UserError(f'{run_folder} was trained on {results["dataset"]} at drop_path_rate '
                         f'{results["drop_path_rate"]}; {name} stands for {DATASETS[tag]} with stochastic depth')
-    card_folder = CARDS / name
-    card_folder.mkdir(exist_ok=True)
     results['args']['data_dir'] = None  # a path of this machine
-    write_atomic(card_folder / 'results.json', (json.dumps(results, indent=2) + '\n').encode())
-    write_atomic(card_folder / 'summary.csv', (run_folder / 'summary.csv').read_bytes())
-    write_atomic(card_folder / 'README.md', make_card(card_folder).encode())
+    return name, results
+
+
+def write_card_folder(run_folder: Path, results: dict[str, Any], folder: Path, repo: str | None = None) -> None:
+    """Writes the card and what it is made from: results.json, summary.csv, curves.png and gates.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / 'results.json', (json.dumps(results, indent=2) + '\n').encode())
+    for file in ('summary.csv', 'curves.png'):
+        write_atomic(folder / file, (run_folder / file).read_bytes())
+    schedule = results['args']['drop_path_schedule'] or 'linear'
+    save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png')
+    write_atomic(folder / 'README.md', make_card(folder, repo).encode())
+
+
+def write_repository(run_folder: Path, folder: Path, repo: str) -> None:
+    """Writes everything that a Hub repository holds."""
+    name, results = read_run(run_folder)
+    write_card_folder(run_folder, results, folder, repo)
+    model: Any = timm.create_model(name)
+    labels = dict(label_names=results['label_names']) if 'label_names' in results else {}
+    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(
+        pretrained_cfg=dict(tag=name.partition('.')[2], license='apache-2.0'), **labels))
+    # the run's own file, in place of the random weights that timm wrote beside config.json
+    write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
+
+
+def bundle(run_folder: Path) -> None:
+    """Copies a finished run's weights into the package and its results under hub_cards/."""
+    name, results = read_run(run_folder)
+    write_card_folder(run_folder, results, CARDS / name)
     write_atomic(PRETRAINED / f'{name}.safetensors', (run_folder / 'model.safetensors').read_bytes())
     print(f'bundled {name}: test error {results["test_best"]["top1_err"]} %')
+
+
+def publish(run_folder: Path, args: Any) -> None:
+    """Uploads the repository; files that are there already, unchanged, make no commit."""
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_repository(run_folder, Path(scratch), args.repo)
+        try:
+            api.create_repo(args.repo, private=args.private, exist_ok=True)
+            if args.revision and not args.create_pr:
+                api.create_branch(args.repo, branch=args.revision, exist_ok=True)
+            commit = api.upload_folder(repo_id=args.repo, folder_path=scratch, revision=args.revision,
+                                       create_pr=args.create_pr, commit_message='Weights, card and results')
+        except (httpx.HTTPError, HFValidationError, OSError) as error:
+            reason = ' '.join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f'--repo {args.repo} can not be published: {reason}; log in with hf auth login, or set '
+                            'HF_TOKEN') from error
+    print(f"load it: timm.create_model('hf-hub:{args.repo}', pretrained=True)\nhf_hub_id: {args.repo}@{commit.oid}")
 
 
 def main() -> None:
     """Parses the command line."""
     parser = Parser('Makes the weights of a finished run public.')
     parser.add_argument('run_folder', type=Path)
-    parser.add_argument('--bundle', action='store_true', required=True, help='into the package and hub_cards/')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='the Hub repository')
+    parser.add_argument('--dry-run', action='store_true', help='write the repository to RUN_FOLDER/hub/ instead')
+    parser.add_argument('--bundle', action='store_true', help='into the package and hub_cards/ instead')
+    parser.add_argument('--private', action='store_true', help='create the repository as a private one')
+    parser.add_argument('--revision', help='branch to commit to')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request')
     args: Any = parse(parser)
-    bundle(args.run_folder)
+    if args.bundle:
+        bundle(args.run_folder)
+    elif args.repo is None:
+        raise UserError('--repo is not given; give ORG/NAME, or --bundle')
+    elif args.dry_run:
+        write_repository(args.run_folder, args.run_folder / 'hub', args.repo)
+        print(f'wrote {args.run_folder / "hub"}')
+    else:
+        publish(args.run_folder, args)
 
 
 if __name__ == '__main__':

@@ -49,7 +49,7 @@ def load_data(args: Any, progress: bool) -> tuple[ImageSet, ImageSet, ImageSet]:
 
     def load(split: str) -> ImageSet:
         return load_image_set(name, split, args.dataset_config, args.input_key, args.target_key, args.img_size,
-                              progress)
+                              args.streaming, progress)
 
     parts = [load(split) for split in args.train_split.split('+')]
     if args.val_split:
@@ -224,7 +224,8 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
         seed=args.seed, epochs=args.epochs, dataset=args.dataset, images=images,
         held_out='validation split' if args.val_split else f'{args.val_per_class} of each class')
     results = dict(
-        origin, param_count=sum(p.numel() for p in job.model.parameters()),
+        origin, label_names=job.batches['train'].data.class_names,
+        param_count=sum(p.numel() for p in job.model.parameters()),
         drop_path_rate=last_rate(job),
         expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
         best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4),

@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .hub import local_weights
 from .stochastic_depth import add_branch, closed_block, gate_blocks, is_closed
 
 __all__ = ['ResNetCifar']  # a list, as timm's registry wants it; register_model appends the entry points
@@ -303,12 +304,14 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_resnet_cifar(depth: int, pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
-    return build_model_with_cfg(
-        ResNetCifar, f'sd_resnet{depth}_cifar', pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
-        blocks_per_stage=(depth - 2) // 6,
-        **kwargs,
-    )
+    name = f'sd_resnet{depth}_cifar'
+    with local_weights(name, kwargs) if pretrained else nullcontext():
+        return build_model_with_cfg(
+            ResNetCifar, name, pretrained,
+            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
+            blocks_per_stage=(depth - 2) // 6,
+            **kwargs,
+        )
 
 
 @register_model
