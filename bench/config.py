@@ -145,9 +145,12 @@ class _KeyValues(argparse.Action):
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what the data is, common to train.py and validate.py."""
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', help="Hub data set, folder of parquet files, or 'digits' (ships with scikit-learn)")
+    group.add_argument('--dataset', help="Hub data set ORG/NAME[@REVISION], folder of parquet files, or 'digits', "
+                                         'which ships with scikit-learn')
     group.add_argument('--dataset-config', help='configuration of a Hub data set that has several')
     group.add_argument('--data-dir', help='local folder to load instead of --dataset')
+    group.add_argument('--streaming', action=argparse.BooleanOptionalAction, default=False,
+                       help='read a Hub data set as it comes in, without a copy on the disk')
     group.add_argument('--input-key', help='column of the images; found by its type if there is only one')
     group.add_argument('--target-key', help='column of the labels; found by its type if there is only one')
     group.add_argument('--num-classes', type=int, help='checked against the data')

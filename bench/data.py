@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
 from tqdm import tqdm
@@ -51,34 +51,40 @@ def _digits() -> datasets.DatasetDict:
     return data.train_test_split(test_size=360, seed=0, stratify_by_column='label')
 
 
-def _check_hub(name: str) -> None:
+def _check_hub(name: str, revision: str | None) -> None:
     """One quick question to the Hub. If no answer comes only the cache is looked at; `datasets` alone retries for 30 s.
 
     Raises:
-        UserError: If the Hub answers that there is no such data set.
+        UserError: If the Hub answers that there is no such data set or revision.
     """
     try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=3)
+        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=3)
+    except RevisionNotFoundError as error:
+        raise UserError(f'data set {name!r} has no revision {revision!r} on the Hub') from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f'no data set {name!r} on the Hub, or it is private; log in with: hf auth login') from error
     except (httpx.HTTPError, OSError):  # unreachable, silent, 5xx, or HF_HUB_OFFLINE
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def load_split(name: str, split: str, config: str | None) -> datasets.Dataset:
-    """One split of a Hub data set, of a local folder, or of 'digits'."""
+def load_split(
+        name: str, split: str, config: str | None = None, streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """One split of a Hub data set (a revision may stand behind an @), of a local folder, or of 'digits'."""
     is_folder = Path(name).is_dir()
+    name, _, revision = (name, '', '') if is_folder else name.partition('@')
     if not is_folder and (name.startswith(('.', '/', '~')) or name.count('/') > 1):
         raise UserError(f'data set folder {name!r} does not exist; give a folder of parquet files or a Hub data set')
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said here, in one line
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if not is_folder and name != 'digits':
-        _check_hub(name)
+        _check_hub(name, revision or None)
     try:
         if is_folder and config not in datasets.get_dataset_config_names(name):
             config = None  # a folder of bare files in place of the Hub data set that a recipe names
-        splits = _digits() if name == 'digits' else datasets.load_dataset(name, config)
+        splits = _digits() if name == 'digits' else datasets.load_dataset(
+            name, config, revision=revision or None, streaming=streaming)
     except ConnectionError as error:
         raise UserError(f'data set {name!r}: the Hub is unreachable and it is not in the cache; '
                         'give a local folder with --data-dir') from error
@@ -104,6 +110,26 @@ def _column(features: datasets.Features, kind: type, given: str | None, flag: st
     return found[0]
 
 
+def _read(batches: Iterator[dict[str, list]], where: str) -> Iterator[dict[str, list]]:
+    """The batches; what a damaged or unreachable file makes the readers raise becomes a UserError."""
+    try:
+        yield from batches
+    except Exception as error:
+        reason = ' '.join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f'{where} can not be read: {reason}') from error
+
+
+def _decode(encoded: bytes, img_size: int | None, where: str) -> torch.Tensor:
+    """A picture (H, W, C) uint8, resized if asked for."""
+    try:
+        image = Image.open(io.BytesIO(encoded)).convert('RGB')
+    except OSError as error:
+        raise UserError(f'{where} is damaged ({error})') from error
+    if img_size is not None and image.size != (img_size, img_size):
+        image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image))
+
+
 def load_image_set(
         name: str,
         split: str,
@@ -111,6 +137,7 @@ def load_image_set(
         input_key: str | None = None,
         target_key: str | None = None,
         img_size: int | None = None,
+        streaming: bool = False,
         progress: bool = True,
 ) -> ImageSet:
     """Loads one split and decodes it.
@@ -122,34 +149,32 @@ def load_image_set(
         input_key: Column of the images, if there are several.
         target_key: Column of the labels, if there are several.
         img_size: Side to resize to, in pixels; without it all images must have one size.
+        streaming: Decode while the files come in; nothing is kept on the disk.
         progress: Show a bar.
 
     Raises:
         UserError: If the data set, a column or a file in it can't be used.
     """
-    data = load_split(name, split, config)
+    data = load_split(name, split, config, streaming)
+    if data.features is None:  # of a stream whose files don't tell
+        data = data._resolve_features()
     image_key = _column(data.features, datasets.Image, input_key, '--input-key')
     label_key = _column(data.features, datasets.ClassLabel, target_key, '--target-key')
-    columns = data.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
-    table = columns.with_format('arrow')[:]
     where, class_names = f'data set {name!r}, split {split!r}', data.features[label_key].names
-    if not len(table):
+    rows = data.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
+    pictures: list[torch.Tensor] = []
+    targets: list[int] = []
+    for batch in tqdm(_read(rows.iter(1000), where), desc=f'decode {split}', unit='k', leave=False,
+                      disable=not progress):
+        targets += batch[label_key]
+        for encoded in batch[image_key]:
+            pictures.append(_decode(encoded['bytes'], img_size, f'{where}: image {len(pictures)}'))
+            if pictures[-1].shape != pictures[0].shape:
+                raise UserError(f'{where}: image {len(pictures) - 1} is {pictures[-1].shape[1]}x'
+                                f'{pictures[-1].shape[0]}, others are not; resize with --img-size')
+    if not pictures:
         raise UserError(f'{where} holds no images')
-    images = torch.empty(0)
-    for index, row in enumerate(tqdm(table[image_key], desc=f'decode {split}', leave=False, disable=not progress)):
-        try:
-            image = Image.open(io.BytesIO(row['bytes'].as_py())).convert('RGB')
-        except OSError as error:
-            raise UserError(f'{where}: image {index} is damaged ({error})') from error
-        if img_size is not None and image.size != (img_size, img_size):
-            image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-        if index == 0:
-            images = torch.empty(len(table), 3, image.height, image.width, dtype=torch.uint8)
-        if (image.height, image.width) != images.shape[2:]:
-            raise UserError(f'{where}: image {index} is {image.width}x{image.height}, others are not; '
-                            'resize with --img-size')
-        images[index] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    labels = torch.from_numpy(table[label_key].to_numpy().astype(np.int64))
+    images, labels = torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor(targets)
     if not 0 <= labels.min() <= labels.max() < len(class_names):
         raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, classes from 0 to '
                         f'{len(class_names) - 1}')

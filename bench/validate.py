@@ -72,7 +72,8 @@ def main() -> None:
         raise UserError(f'--results-file {args.results_file}: there is no such folder')
     accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')
     data = load_image_set(args.data_dir or args.dataset, args.split, args.dataset_config, args.input_key,
-                          args.target_key, args.img_size, accelerator.is_main_process and sys.stderr.isatty())
+                          args.target_key, args.img_size, args.streaming,
+                          accelerator.is_main_process and sys.stderr.isatty())
     check_classes(args, len(data.class_names))
     model = load_model(args, len(data.class_names)).to(accelerator.device)
     if args.channels_last:
