@@ -1,8 +1,8 @@
 """What throughput.py times: networks that differ in how they drop blocks, and training steps of them.
 
 All contestants live in one process and take short turns (A B C A B C ...), so that a slow moment of the machine hits
-all of them. Besides them run networks that lack a stage's blocks: what a block of each stage costs is measured on plain
-networks, so the limit that a share of the saving refers to knows nothing of this project's code.
+all of them. Of the sd_*_cifar networks some run that lack a stage's blocks: what a block of each stage costs is
+measured on plain networks, so the limit that a share of the saving refers to knows nothing of this project's code.
 """
 import argparse
 import io
@@ -26,38 +26,43 @@ import timm_sd
 from config import UserError, default_amp
 from data import Batches, ImageSet
 from engine import autocast, train_epoch
+from timm_sd.convert import residual_blocks
 
-MODES = ('constant', 'batch', 'sample', 'torchvision-batch', 'torchvision-row')
+MODES = ('constant', *timm_sd.MODES, 'torchvision-batch', 'torchvision-row')
 STAGES = ('layer1', 'layer2', 'layer3')
 
 
 class Entry(NamedTuple):
-    """One contestant: how it drops blocks, 1 - p_L, and whether its branches are compiled."""
+    """One contestant: how it drops blocks, 1 - p_L, by which schedule, and whether its blocks are compiled."""
     mode: str
     rate: float
+    schedule: str = 'linear'
     compiled: bool = False
 
     @property
     def name(self) -> str:
         p_last = '' if self.mode == 'constant' else f', p_L {1 - self.rate:g}'
-        return f'{self.mode}{p_last}{", compiled" if self.compiled else ""}'
-
-
-def blocks_of(model: Any) -> list[list[Any]]:
-    """The residual blocks, a list for each stage."""
-    return [list(getattr(model, stage)) for stage in STAGES]
+        uniform = ' uniform' if self.schedule == 'uniform' and p_last else ''
+        return f'{self.mode}{p_last}{uniform}{", compiled" if self.compiled else ""}'
 
 
 def build(model: str, entry: Entry) -> Any:
     """The network of an entry; those of other libraries get the paper's rates."""
-    in_timm_sd = entry.mode in timm_sd.MODES
-    network: Any = timm.create_model(model, drop_path_rate=entry.rate if in_timm_sd else 0.,
-                                     drop_path_mode=entry.mode if in_timm_sd else 'batch')
-    if entry.mode.startswith('torchvision-'):
-        blocks = sum(blocks_of(network), [])
-        for block, rate in zip(blocks, timm_sd.drop_path_rates(len(blocks), entry.rate), strict=True):
-            block.drop_path = StochasticDepth(rate, entry.mode.removeprefix('torchvision-'))
+    network: Any = timm.create_model(model, drop_path_rate=0.)
+    if entry.mode in timm_sd.MODES:
+        timm_sd.add_stochastic_depth(network, entry.rate, entry.schedule, entry.mode)
+    elif entry.mode.startswith('torchvision-'):
+        residuals, _ = residual_blocks(network)
+        rates = timm_sd.drop_path_rates(len(residuals), entry.rate, entry.schedule)
+        for residual, rate in zip(residuals, rates, strict=True):
+            for slot in residual.slots:
+                setattr(residual.block, slot, StochasticDepth(rate, entry.mode.removeprefix('torchvision-')))
     return network
+
+
+def has_stages(model: str) -> bool:
+    """Whether it is one of the networks whose blocks can be weighed by leaving out a stage's."""
+    return model.startswith('sd_') and '_cifar' in model
 
 
 def without_stage(model: str, stage: str) -> Any:
@@ -84,7 +89,8 @@ class Contestant:
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
         if compiled:
-            model.compile_blocks(mode=args.torchcompile_mode)
+            for residual in residual_blocks(model)[0]:  # with or without gates
+                residual.block.compile(mode=args.torchcompile_mode, dynamic=False)
         self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False,
                                              fused=True)
         self.gates = timm_sd.depth_gates(model)
@@ -124,22 +130,19 @@ class Contestant:
         train_epoch(self.model, self.batches, self.optimizer, scheduler, self.accelerator, self.amp, 0,
                     tqdm(total=len(self.batches.data), file=io.StringIO()))
 
-    def closed(self, round_: int) -> list[float]:
-        """Closed blocks of each stage, mean over the steps of a turn."""
-        steps, stages = len(self.batches), [len(blocks) for blocks in blocks_of(self.model)]
+    def draws(self, round_: int) -> list[list[bool]]:
+        """The gates of a turn, by step; all open at constant depth and where samples are dropped, not blocks."""
         if self.gates is None:
-            return [0.] * len(stages)
+            return []
         self.gates.set_epoch(round_)
-        draws = [iter(self.gates.draw()) for _ in range(steps)]
-        return [sum(not next(draw) for draw in draws for _ in range(blocks)) / steps for blocks in stages]
+        return [self.gates.draw() for _ in range(len(self.batches))]
 
 
 class Timings(NamedTuple):
-    """Seconds a step of every round, by name; of each stage the blocks, a block's cost, and closed ones a round."""
+    """Seconds a step of every round, by name; the gates of all steps, by name; what a block of each stage costs."""
     seconds: dict[str, list[float]]
-    blocks: list[int]
+    draws: dict[str, list[list[bool]]]
     block_seconds: list[float]
-    closed: dict[str, list[list[float]]]
 
 
 def time_in_turns(model: str, entries: list[Entry], args: argparse.Namespace) -> Timings:
@@ -152,7 +155,7 @@ def time_in_turns(model: str, entries: list[Entry], args: argparse.Namespace) ->
     """
     torch.manual_seed(0)
     contestants = {entry.name: Contestant(build(model, entry), args, entry.compiled) for entry in entries}
-    shortened = {stage: Contestant(without_stage(model, stage), args) for stage in STAGES}
+    shortened = {stage: Contestant(without_stage(model, stage), args) for stage in STAGES if has_stages(model)}
     turns = {name: (contestant, contestant.bare) for name, contestant in {**contestants, **shortened}.items()}
     ours = [contestants[entry.name] for entry in entries if entry.mode == 'batch']
     if ours:
@@ -164,13 +167,14 @@ def time_in_turns(model: str, entries: list[Entry], args: argparse.Namespace) ->
             elapsed = contestant.seconds(steps, max(round_, 0))
             if round_ >= 0:
                 seconds[name].append(elapsed)
-    blocks = [len(stage) for stage in blocks_of(contestants['constant'].model)]
-    saved = [[full - short for full, short in zip(seconds['constant'], seconds.pop(stage), strict=True)]
-             for stage in STAGES]
-    return Timings(
-        seconds, blocks, [statistics.median(values) / max(1, n - 1) for values, n in zip(saved, blocks, strict=True)],
-        {name: [contestant.closed(round_) for round_ in range(args.rounds)]
-         for name, contestant in contestants.items()})
+    block_seconds: list[float] = []
+    for stage in shortened:
+        saved = [full - short for full, short in zip(seconds['constant'], seconds.pop(stage), strict=True)]
+        blocks = len(getattr(contestants['constant'].model, stage))
+        block_seconds += [statistics.median(saved) / max(1, blocks - 1)] * blocks
+    draws = {name: [draw for round_ in range(args.rounds) for draw in contestant.draws(round_)]
+             for name, contestant in contestants.items()}
+    return Timings(seconds, draws, block_seconds)
 
 
 def _high_water_mark() -> int:

@@ -2,6 +2,7 @@
 
     python bench/throughput.py --drop-path 0.5 0.8                    # constant depth, this project, timm's DropPath
     python bench/throughput.py --modes constant batch torchvision-row --compiled
+    python bench/throughput.py --model resnet50 vit_small_patch16_224 --drop-path-schedule uniform -b 8
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
 
@@ -20,8 +21,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+import timm_sd
 from config import Parser, UserError, check_model_name, count, default_amp, number, parse, rate, run
-from contestants import MODES, Contestant, Entry, build, peak_memory, time_in_turns
+from contestants import MODES, Contestant, Entry, build, has_stages, peak_memory, time_in_turns
 from end_to_end import time_epochs
 from figures import save_ratios, save_sweep
 from run_folder import hardware, versions, write_atomic
@@ -55,13 +57,14 @@ def measure(model: str, entries: list[Entry], args: argparse.Namespace) -> list[
             row['images_to_bare'] = spread([other / own for other, own in zip(bare, seconds, strict=True)])
         if entry is not None and args.memory:
             row['peak_mib'] = peak_memory(model, entry, args)
-        if entry is not None and entry.mode == 'batch' and not entry.compiled:
-            closed = timings.closed[name]
-            savable = [sum(n * cost for n, cost in zip(step, timings.block_seconds, strict=True)) / base
-                       for step in closed]
-            row['blocks_open'] = round(1 - statistics.mean(map(sum, closed)) / sum(timings.blocks), 4)
-            row['limit'] = round(1 - statistics.mean(savable), 4)
-            row['share_of_saving'] = round((1 - row['ratio']['median']) / statistics.mean(savable), 4)
+        draws = timings.draws.get(name)
+        if entry is not None and entry.mode == 'batch' and not entry.compiled and draws:
+            row['blocks_open'] = round(statistics.mean(sum(draw) for draw in draws) / len(draws[0]), 4)
+            if timings.block_seconds:
+                savable = statistics.mean(sum(cost for cost, is_open in zip(timings.block_seconds, draw, strict=True)
+                                              if not is_open) for draw in draws) / base
+                row['limit'] = round(1 - savable, 4)
+                row['share_of_saving'] = round((1 - row['ratio']['median']) / savable, 4)
         rows.append(row)
     return rows
 
@@ -81,7 +84,8 @@ def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for point in tqdm(SWEEP, desc='sweep'):
         changed = argparse.Namespace(**{**vars(args), 'batch_size': point.get('batch_size', args.batch_size)})
-        entries = [Entry('constant', 0.), Entry('batch', point.get('drop_path', args.drop_path[0]))]
+        entries = [Entry('constant', 0.),
+                   Entry('batch', point.get('drop_path', args.drop_path[0]), args.drop_path_schedule)]
         model = point.get('model', args.model[0])
         rows += [dict(axis=point['axis'], at=point['at'], **row)
                  for row in measure(model, entries, changed) if row['name'] != 'loop']
@@ -128,6 +132,7 @@ def throughput_parser() -> Parser:
     parser.add_argument('--model', nargs='+', default=['sd_resnet110_cifar'])
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['constant', 'batch', 'sample'])
     parser.add_argument('--drop-path', nargs='+', type=rate, default=[0.5], help='1 - p_L, above 0')
+    parser.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES, default='linear')
     parser.add_argument('--compiled', action='store_true', help='time each mode with compiled branches too')
     parser.add_argument('--torchcompile-mode', help='of torch.compile, such as reduce-overhead (CUDA graphs)')
     parser.add_argument('-b', '--batch-size', type=count, default=128)
@@ -152,8 +157,8 @@ def check(args: argparse.Namespace) -> None:
     """What argparse can't check."""
     for name in args.model:
         check_model_name(name)
-        if not name.startswith('sd_') or '_cifar' not in name:
-            raise UserError(f'--model {name} has no stages of blocks to be taken away; choose one of sd_resnet*_cifar')
+        if args.sweep and not has_stages(name):
+            raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
     if min(args.drop_path) == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
     if 'constant' not in args.modes:
@@ -168,7 +173,8 @@ def main() -> None:
     check(args)
     accelerator = Accelerator()
     amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
-    entries = [Entry(mode, value, compiled) for compiled in ([False, True] if args.compiled else [False])
+    entries = [Entry(mode, value, args.drop_path_schedule, compiled)
+               for compiled in ([False, True] if args.compiled else [False])
                for mode in args.modes for value in ([0.] if mode == 'constant' else args.drop_path)]
     if args.profile:
         for name in args.model:

@@ -73,22 +73,25 @@ def check_sizes(args: Any, parts: dict[str, ImageSet]) -> None:
 
 def build_model(args: Any, num_classes: int) -> Any:
     """The network of the flags; UserError if one doesn't suit it."""
-    gates = dict(drop_path_rate=args.drop_path, drop_path_schedule=args.drop_path_schedule,
-                 drop_path_mode=args.drop_path_mode, drop_path_scale=args.drop_path_scale, drop_path_seed=args.seed)
-    kwargs = {key: value for key, value in gates.items() if value is not None}
-    if not args.model.startswith('sd_'):
-        kwargs.pop('drop_path_seed')
+    flags = dict(schedule=args.drop_path_schedule, mode=args.drop_path_mode, scale=args.drop_path_scale)
+    choices = {key: value for key, value in flags.items() if value is not None}
+    adds = timm.is_model(args.model) and not args.model.startswith('sd_')  # the method is no part of timm's networks
+    kwargs: dict[str, Any] = {} if adds else {f'drop_path_{key}': value for key, value in choices.items()}
+    if args.drop_path is not None and not adds:
+        kwargs['drop_path_rate'] = args.drop_path
+    if args.model.startswith('sd_'):
+        kwargs['drop_path_seed'] = args.seed
     with user_errors(f'--model {args.model}'):
         model: Any = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes,
                                        **kwargs, **args.model_kwargs)
+        if adds and args.drop_path:
+            timm_sd.add_stochastic_depth(model, args.drop_path, **choices, seed=args.seed)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
         if args.compile == 'model':
             model.compile(mode=args.torchcompile_mode)
         elif args.compile == 'blocks':
-            if not hasattr(model, 'compile_blocks'):
-                raise ValueError('only the sd_*_cifar networks compile by block; use --compile model')
-            model.compile_blocks(mode=args.torchcompile_mode)
+            timm_sd.compile_blocks(model, mode=args.torchcompile_mode)
     return model
 
 

@@ -35,7 +35,7 @@ def stay_equal(compiled=False, steps=50):
     torch.manual_seed(accelerator.process_index)  # different weights and data on each rank; DDP aligns the weights
     network = timm.create_model('sd_resnet20_cifar').train()
     if compiled:
-        network.compile_blocks(backend='aot_eager')
+        timm_sd.compile_blocks(network, backend='aot_eager')
     model, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), 0.1, 0.9, weight_decay=1e-4))
     closed = 0
     for _ in range(steps):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_sd
-from timm_sd.stochastic_depth import DepthGate, DepthGates, closed_block, gate_blocks
+from timm_sd.gates import DepthGates
+from timm_sd.stochastic_depth import DepthGate, Residual, closed_block, gate_blocks
 
 
 def network(**kwargs):
@@ -212,7 +213,7 @@ def test_frozen_parameters_of_a_closed_block_stay_without_gradient():
 @pytest.mark.parametrize('scale', ['train', 'eval'])
 def test_scale_of_an_open_block(scale):
     gates = DepthGates([0.2, 0.75])
-    gate = DepthGate(gates, 1, scale)
+    gate = DepthGate(gates, 1, scale=scale)
     x = torch.ones(3)
     assert gate.train()(x).tolist() == pytest.approx([4. if scale == 'train' else 1.] * 3)
     assert gate.eval()(x).tolist() == pytest.approx([1. if scale == 'train' else 0.25] * 3)
@@ -279,7 +280,7 @@ def test_gates_add_nothing_to_the_state_dict():
 
 def test_gate_blocks_leaves_rate_zero_alone():
     blocks = list(network(drop_path_rate=0.).layer1)
-    gate_blocks(blocks, 0.)
+    gate_blocks([Residual(block) for block in blocks], 0.)
     assert all(isinstance(block.drop_path, nn.Identity) for block in blocks)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import timm_sd
-from contestants import Entry, blocks_of, build
+from contestants import Entry, build
 
 SCRIPT = Path(__file__).parent.parent / 'bench' / 'throughput.py'
 SMALL = ['--model', 'sd_resnet20_cifar', '-b', '4', '--steps', '3', '--rounds', '2']
@@ -38,6 +38,15 @@ def test_table_json_csv_and_picture(tmp_path):
     assert row['blocks_open'] == pytest.approx(sum(drawn) / len(drawn) / 9, abs=1e-4)
 
 
+def test_any_timm_model(tmp_path):
+    throughput('--model', 'test_vit', '-b', 2, '--steps', 1, '--rounds', 2, '--modes', 'constant', 'batch', 'subset',
+               'sample', '--drop-path-schedule', 'uniform', '--no-memory', '--output', tmp_path / 'out')
+    rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert [row['name'] for row in rows] == [
+        'constant', *(f'{mode}, p_L 0.5 uniform' for mode in ('batch', 'subset', 'sample')), 'loop']
+    assert 'limit' not in rows[1]
+
+
 def test_profile_names_the_operators():
     assert 'aten::convolution_backward' in throughput(*SMALL, '--modes', 'constant', '--profile')
 
@@ -57,14 +66,15 @@ def test_end_to_end_times_both_ways_of_training(tmp_path):
 
 @pytest.mark.parametrize('mode', ['sample', 'torchvision-row'])
 def test_other_libraries_get_the_papers_rates(mode):
-    blocks = sum(blocks_of(build('sd_resnet20_cifar', Entry(mode, 0.5))), [])
+    network = build('sd_resnet20_cifar', Entry(mode, 0.5))
+    blocks = [*network.layer1, *network.layer2, *network.layer3]
     rates = [block.drop_path.drop_prob if mode == 'sample' else block.drop_path.p for block in blocks]
     assert rates == timm_sd.drop_path_rates(9, 0.5)
 
 
 @pytest.mark.parametrize(('args', 'words'), [
     (['--modes', 'batch'], ['lacks constant']),
-    (['--model', 'resnet18'], ['resnet18', 'sd_resnet*_cifar']),
+    (['--sweep', '--model', 'resnet18'], ['resnet18', 'sd_resnet*_cifar']),
     (['--drop-path', '0'], ['--drop-path 0']),
     (['--end-to-end', '--timm-train', 'nowhere.py'], ['nowhere.py']),
 ])

@@ -7,7 +7,7 @@ import timm
 
 import timm_sd  # noqa: F401
 
-OURS = ['sd_resnet20_cifar', 'sd_resnet38_cifar']
+OURS = ['sd_resnet20_cifar', 'sd_resnet38_cifar', 'sd_resnet18']
 
 
 _timms_list_models = timm.list_models

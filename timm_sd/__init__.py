@@ -1,6 +1,12 @@
 """Stochastic depth for timm that saves the compute of a dropped block; importing it registers the sd_* models."""
 from . import resnet_cifar_sd as _resnet_cifar_sd  # noqa: F401  (registers the models)
-from .stochastic_depth import MODES, SCALES, SCHEDULES, DepthGates, depth_gates, drop_path_rates
+from . import resnet_sd as _resnet_sd  # noqa: F401
+from .convert import add_stochastic_depth, remove_stochastic_depth
+from .gates import SCHEDULES, DepthGates, drop_path_rates
+from .stochastic_depth import MODES, SCALES, compile_blocks, depth_gates
 
 __version__ = '0.1.0'
-__all__ = ['MODES', 'SCALES', 'SCHEDULES', 'DepthGates', 'depth_gates', 'drop_path_rates']
+__all__ = [
+    'MODES', 'SCALES', 'SCHEDULES', 'DepthGates', 'add_stochastic_depth', 'compile_blocks', 'depth_gates',
+    'drop_path_rates', 'remove_stochastic_depth',
+]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .hub import local_weights
-from .stochastic_depth import add_branch, closed_block, gate_blocks, is_closed
+from .stochastic_depth import Residual, add_branch, gate_blocks
 
 __all__ = ['ResNetCifar']  # a list, as timm's registry wants it; register_model appends the entry points
 
@@ -36,9 +36,11 @@ class PoolPad(nn.Module):
         return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.extra_chs))
 
 
-@register_notrace_module  # fx in training mode would bake one draw of the gate into the graph
 class BasicBlock(nn.Module):
-    """ReLU(shortcut + f), f = conv3x3-BN-ReLU-conv3x3-BN; a closed block is its shortcut alone.
+    """ReLU(shortcut + f), f = conv3x3-BN-ReLU-conv3x3-BN.
+
+    A closed block is its shortcut alone, without the ReLU: its input comes out of one, and pooling and zero channels
+    keep it non-negative.
 
     Args:
         in_chs: Channels of the input.
@@ -65,7 +67,16 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else PoolPad(out_chs - in_chs)
         self.drop_path = nn.Identity()  # gate_blocks puts a DepthGate here
         self.grad_checkpointing = False
-        self.compiled_branch: Any = None  # see ResNetCifar.compile_blocks
+        self.compiled_branch: Any = None
+
+    @torch.jit.ignore
+    def compile(self, **options: Any) -> None:
+        """Compiles the branch for training, not the block: checkpointing stays outside.
+
+        Not the block's own: its parameters are inputs of the graph, so blocks of one shape share one build, and a
+        deepcopy of the network runs the same code on its own weights.
+        """
+        self.compiled_branch = torch.compile(BasicBlock.branch, **options)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """The residual function f, (B, in_chs, H, W) -> (B, out_chs, H / stride, W / stride)."""
@@ -99,10 +110,7 @@ class BasicBlock(nn.Module):
         if torch.jit.is_scripting():  # evaluation alone can be scripted
             return self.act2(shortcut + self.drop_path(self.branch(x)))
         else:
-            if is_closed(self):
-                # No ReLU: x comes out of one, and pooling and zero channels keep it non-negative.
-                return closed_block(shortcut, self.parameters())
-            # the branch, not the block, is compiled and recomputed: a gate is asked once a pass, and on the host
+            # the branch, not the block, is compiled and recomputed: so batch norm's statistics can rest meanwhile
             return self.act2(add_branch(self, shortcut, self.run_branch(x)))
 
 
@@ -117,7 +125,7 @@ class ResNetCifar(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: 1 - p_L, in [0, 1); 0 is the constant-depth network.
         drop_path_schedule: 'linear' or 'uniform'.
-        drop_path_mode: 'batch' or 'sample', see `gate_blocks`.
+        drop_path_mode: 'batch', 'subset' or 'sample', see `gate_blocks`.
         drop_path_scale: 'train' or 'eval'.
         drop_path_seed: Seed of the gates.
 
@@ -166,9 +174,9 @@ class ResNetCifar(nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
 
         gate_blocks(
-            [*self.layer1, *self.layer2, *self.layer3],
+            [Residual(block, ('drop_path',), ('shortcut',), (block.bn2,))
+             for block in (*self.layer1, *self.layer2, *self.layer3)],
             drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed,
-            last_affine='bn2',
         )
         self.init_weights()
 
@@ -187,22 +195,6 @@ class ResNetCifar(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for block in (*self.layer1, *self.layer2, *self.layer3):
             block.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def compile_blocks(self, **options: Any) -> None:
-        """Compiles the residual branches for training; the gates stay outside, so 2^L patterns need no more builds.
-
-        Not each block's own branch: its parameters are inputs of the graph, so blocks of one shape share one build,
-        and a deepcopy of the network runs the same code on its own weights.
-
-        Args:
-            **options: Of `torch.compile`, such as mode='reduce-overhead' (CUDA graphs).
-        """
-        # five shapes of branch, each at the full and the last batch's size, and once more where it is recomputed
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        compiled = torch.compile(BasicBlock.branch, dynamic=False, **options)
-        for block in (*self.layer1, *self.layer2, *self.layer3):
-            block.compiled_branch = compiled
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

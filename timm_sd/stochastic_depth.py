@@ -3,153 +3,138 @@
 The gate of a residual block is drawn on the host before the block runs, once for the mini-batch and identically on
 every rank, so a closed block costs nothing anywhere: no kernel of its branch runs, forward or backward.
 
-Three parts: `drop_path_rates` says how likely each block is dropped, `DepthGates` draws the gates of one network, and
-`DepthGate`, in timm's `drop_path` slot, tells its block whether to run and scales what the branch returns.
+Three parts: `DepthGates` (gates.py) draws the gates of one network, `GatedBlock` makes a block of any class ask before
+it runs, and `DepthGate`, in timm's `drop_path` slots, scales what the branch returns.
 """
 import random
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath
+from timm.models import register_notrace_module
 from torch import nn
 
-SCHEDULES = ('linear', 'uniform')
-MODES = ('batch', 'sample')
+from .gates import DepthGates, check_choice, drop_path_rates
+
+MODES = ('batch', 'subset', 'sample')
 SCALES = ('train', 'eval')
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} is {value!r}; choose one of {", ".join(choices)}')
-
-
-def drop_path_rates(depth: int, drop_path_rate: float, schedule: str = 'linear') -> list[float]:
-    """The drop path rate 1 - p_l of each of `depth` blocks.
-
-    `linear` is the paper's eq. 4, p_l = 1 - (l / L)(1 - p_L) for l = 1..L: the first block is already dropped at times
-    and the last at exactly `drop_path_rate`. This is not timm's rule, idx / (n - 1), which never drops the first.
-
-    Args:
-        depth: Number of residual blocks, L.
-        drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
-        schedule: 'linear' or 'uniform' (every block at `drop_path_rate`).
-
-    Returns:
-        The rates of block 1, ..., block L.
-
-    Raises:
-        ValueError: If the rate or the schedule isn't one of these.
-    """
-    _check_choice('drop_path_schedule', schedule, SCHEDULES)
-    if not 0. <= drop_path_rate < 1.:
-        raise ValueError(f'drop_path_rate is {drop_path_rate}; it must lie in [0, 1)')
-    if schedule == 'uniform':
-        return [drop_path_rate] * depth
-    return [drop_path_rate * block / depth for block in range(1, depth + 1)]
-
-
-class DepthGates:
-    """The gates of one network: a Bernoulli draw for each block and mini-batch.
-
-    A draw is a function of (seed, epoch, step) alone, so it is the same on every rank and world size, and the same
-    again after a resume. `step` counts the training forward passes of the epoch. In a loop that never calls `set_epoch`
-    all of training is epoch 0, and the steps go on counting.
-
-    Attributes:
-        drop_path_rates: 1 - p_l of each block.
-        open: The last draw, one bool a block.
-    """
-
-    def __init__(self, rates: Sequence[float], seed: int = 0) -> None:
-        self.drop_path_rates = list(rates)
-        self.seed = seed
-        self.epoch = 0
-        self.step = 0
-        self.open = [True] * len(self.drop_path_rates)
-        self._last_asked = len(self.open)
-
-    def is_open(self, index: int) -> bool:
-        """Whether block `index` (from 0) runs; the first block that asks in a forward pass draws for all.
-
-        Drawn here rather than in a hook of the model, so that forward_features, forward_intermediates and timm's
-        feature wrappers, which never call the model itself, get one draw a pass too. The blocks ask in order, so one
-        that comes no later than the last one has begun a new pass.
-        """
-        if index <= self._last_asked:
-            self.draw()
-        self._last_asked = index
-        return self.open[index]
-
-    def draw(self) -> list[bool]:
-        """Draws the gates of the next step: b_l ~ Bernoulli(p_l), True for open."""
-        # A string seed goes through SHA-512, documented to be stable, so neighbouring steps are independent streams.
-        # torch's generators stay untouched: a drop path must not shift the augmentation or dropout of its rank.
-        uniform = random.Random(f'{self.seed}/{self.epoch}/{self.step}').random
-        self.open = [uniform() >= rate for rate in self.drop_path_rates]
-        self.step += 1
-        return self.open
-
-    def set_epoch(self, epoch: int) -> None:
-        """Starts an epoch: the draws that follow are those of its steps 0, 1, ..."""
-        self.epoch, self.step = epoch, 0
-
-    @property
-    def expected_depth(self) -> float:
-        """Expected number of open blocks, the sum of p_l: (3L - 1) / 4 for the linear schedule at p_L = 0.5."""
-        return sum(1. - rate for rate in self.drop_path_rates)
-
-    def state_dict(self) -> dict:
-        """What is needed to go on drawing: seed, epoch and step."""
-        return dict(seed=self.seed, epoch=self.epoch, step=self.step)
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken."""
-        self.seed, self.epoch, self.step = state['seed'], state['epoch'], state['step']
-
-
 class DepthGate(nn.Module):
-    """One block's gate, in timm's `drop_path` slot: `forward` scales the branch of an open block.
+    """One block's gate, in timm's `drop_path` slots: `forward` scales the branch of an open block.
 
     It has no parameters and no buffers, so a checkpoint stays that of the plain network.
 
     Args:
         gates: The draws of the whole network.
         index: The block's place in them, from 0.
+        mode: 'batch' or 'subset', see `gate_blocks`.
         scale: 'train' divides the branch by p_l in training; 'eval' is the paper's eq. 5, which multiplies it by p_l
             in evaluation.
     """
 
-    def __init__(self, gates: DepthGates, index: int, scale: str = 'train') -> None:
+    def __init__(self, gates: DepthGates, index: int, mode: str = 'batch', scale: str = 'train') -> None:
         super().__init__()
         self.gates = gates
         self.index = index
-        survival_prob = 1. - gates.drop_path_rates[index]
-        self.train_scale = 1. / survival_prob if scale == 'train' else 1.
-        self.eval_scale = survival_prob if scale == 'eval' else 1.
+        self.mode = mode
+        self.survival_prob = 1. - gates.drop_path_rates[index]
+        self.train_scale = 1. / self.survival_prob if scale == 'train' else 1.
+        self.eval_scale = self.survival_prob if scale == 'eval' else 1.
+        self._folding: list[Any] = []
 
+    @torch.jit.unused
+    def fold_into(self, layer: nn.Module) -> None:
+        """From now on `layer` has p_l in its parameters in every state_dict, and without it here."""
+        self._folding += [layer.register_state_dict_post_hook(partial(_fold, self.eval_scale)),
+                          layer.register_load_state_dict_pre_hook(partial(_unfold, self.eval_scale))]
+
+    @torch.jit.unused
+    def remove_folding(self) -> None:
+        """Undoes `fold_into`."""
+        for hook in self._folding:
+            hook.remove()
+
+    @torch.jit.unused
     @torch.compiler.disable  # the gate stays outside of every compiled graph, or each pattern would be compiled anew
-    def is_open(self) -> bool:
-        """Whether this block runs in this training forward pass. Ask once a pass."""
-        return self.gates.is_open(self.index)
+    def is_open(self, x: torch.Tensor) -> bool:
+        """Whether the block with the input `x` runs in this training forward pass. Ask once a pass."""
+        return self.gates.ask(self.index, x).open[self.index]
+
+    @torch.jit.unused
+    @torch.compiler.disable
+    def subset(self, x: torch.Tensor) -> torch.Tensor:
+        """Which round(p_l B) of the samples `x` (B, ...) the branch runs on, (k,) int64; scales it by B / k."""
+        key, size = self.gates.ask(self.index, x).key, len(x)
+        kept = random.Random(f'{key}/{self.index}').sample(range(size), max(1, round(self.survival_prob * size)))
+        self.train_scale = size / len(kept)
+        return torch.tensor(sorted(kept), device=x.device)
 
     def scale(self) -> float:
         """What the output of an open branch is multiplied by."""
         return self.train_scale if self.training else self.eval_scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scales the branch's output `x` (B, C, H, W)."""
+        """Scales the branch's output `x` (B, ...)."""
         return x if self.scale() == 1. else x * self.scale()
 
     def extra_repr(self) -> str:
-        return f'block={self.index + 1}, drop_path_rate={self.gates.drop_path_rates[self.index]:.3f}'
+        return f'block={self.index + 1}, drop_path_rate={self.gates.drop_path_rates[self.index]:.3f}, mode={self.mode}'
 
 
-def is_closed(block: nn.Module) -> bool:
-    """Whether `block` is dropped in this forward pass; False for a block without a `DepthGate`."""
-    gate = block.drop_path
-    return isinstance(gate, DepthGate) and gate.training and not gate.is_open()
+class GatedBlock(nn.Module):
+    """Mixed into a residual block's own class: asks the gate before the block runs.
+
+    In `__call__`, not in `forward`: the block's own code stays as it is, so TorchScript and export see a plain block,
+    and `block.compile()` compiles the branch and leaves the gate outside.
+
+    Attributes:
+        plain_class: The block's class without the method.
+        drop_path_slots: Names of the slots that hold the block's `DepthGate`.
+        shortcut_path: Names of the block's modules that are its shortcut, in their order; none for the identity.
+    """
+    plain_class: type[nn.Module]
+    drop_path_slots: list[str]  # lists, for TorchScript
+    shortcut_path: list[str]
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # A Proxy is fx's, which keeps the block as a leaf: otherwise one draw would be baked into its graph.
+        if not self.training or isinstance(x, torch.fx.Proxy):
+            return super().__call__(x, *args, **kwargs)
+        gate: Any = getattr(self, self.drop_path_slots[0])
+        if gate.mode == 'subset':
+            kept = gate.subset(x)
+            shortcut = self.run_shortcut(x)
+            return shortcut.index_copy(0, kept, super().__call__(x[kept], *args, **kwargs).to(shortcut.dtype))
+        if gate.is_open(x):
+            return super().__call__(x, *args, **kwargs)
+        others = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        branch = (param for name, param in self.named_parameters() if name.partition('.')[0] not in self.shortcut_path)
+        return closed_block(self.run_shortcut(x), (*branch, *others))
+
+    def run_shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the block without its branch."""
+        for name in self.shortcut_path:
+            x = getattr(self, name)(x)
+        return x
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # the class was made at run time, so a pickle names the one it was made of
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_gated, (self.plain_class,), *reduced[2:]
+
+
+@cache
+def _gated_class(plain_class: Any) -> type[GatedBlock]:
+    attributes = dict(plain_class=plain_class, __module__=plain_class.__module__, __doc__=plain_class.__doc__)
+    return register_notrace_module(type(f'Gated{plain_class.__name__}', (GatedBlock, plain_class), attributes))
+
+
+def _new_gated(plain_class: Any) -> nn.Module:
+    gated_class = _gated_class(plain_class)
+    return gated_class.__new__(gated_class)
 
 
 def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -184,7 +169,7 @@ class _ClosedBlock(torch.autograd.Function):
         return grad, *grads
 
 
-def closed_block(shortcut: torch.Tensor, params: Iterable[nn.Parameter]) -> torch.Tensor:
+def closed_block(shortcut: torch.Tensor, params: Iterable[torch.Tensor]) -> torch.Tensor:
     """The output of a closed block.
 
     Args:
@@ -208,16 +193,30 @@ def _unfold(survival_prob: float, layer: nn.Module, state_dict: dict, prefix: st
             state_dict[prefix + name] = state_dict[prefix + name] / survival_prob
 
 
+class Residual(NamedTuple):
+    """A residual block, and where its parts are.
+
+    Attributes:
+        block: The block; its output is shortcut + drop_path(branch), or the activation of that.
+        slots: Names of its `drop_path` slots.
+        shortcut_path: See `GatedBlock`.
+        last_affine: For scale 'eval': the layers that end what goes into the slots.
+    """
+    block: nn.Module
+    slots: tuple[str, ...] = ('drop_path',)
+    shortcut_path: tuple[str, ...] = ()
+    last_affine: tuple[nn.Module, ...] = ()
+
+
 def gate_blocks(
-        blocks: Sequence[nn.Module],
+        residuals: Sequence[Residual],
         drop_path_rate: float,
         schedule: str = 'linear',
         mode: str = 'batch',
         scale: str = 'train',
         seed: int = 0,
-        last_affine: str = 'bn2',
 ) -> None:
-    """Puts a `DepthGate` into the `drop_path` slot of each block; at rate 0 the blocks stay as they are.
+    """Puts a `DepthGate` into the `drop_path` slots of each block; at rate 0 the blocks stay as they are.
 
     With scale='eval' a state_dict is folded on the way out and unfolded on the way in: p_l goes into the branch's last
     affine layer. So every checkpoint is that of a plain residual network, whatever the scale it was trained with. The
@@ -225,34 +224,61 @@ def gate_blocks(
     scale='train', or torch's AveragedModel, which goes through the parameters.
 
     Args:
-        blocks: The residual blocks in the order of the forward pass. Each asks `is_closed(block)` before it runs.
+        residuals: The residual blocks in the order of the forward pass.
         drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
         schedule: 'linear' or 'uniform', see `drop_path_rates`.
-        mode: 'batch', the paper's one gate for the whole mini-batch, or 'sample', timm's DropPath, which computes
-            every branch and drops it for some samples; it saves nothing and is there for comparison.
+        mode: 'batch', the paper's one gate for the whole mini-batch; 'subset', the branch runs on a random
+            round(p_l B) of the B samples (DINOv2), so a step always costs the same, and batch norm sees these samples
+            alone; or 'sample', timm's DropPath, which computes every branch and drops it for some samples: it saves
+            nothing and is there for comparison.
         scale: 'train' or 'eval', see `DepthGate`.
         seed: Seed of the gates.
-        last_affine: Name of the affine layer that ends each block's branch.
 
     Raises:
         ValueError: If the rate, schedule, mode or scale isn't one of these, or mode and scale don't go together.
     """
-    _check_choice('drop_path_mode', mode, MODES)
-    _check_choice('drop_path_scale', scale, SCALES if mode == 'batch' else ('train',))
-    gates = DepthGates(drop_path_rates(len(blocks), drop_path_rate, schedule), seed)
+    check_arguments(drop_path_rate, schedule, mode, scale)
+    gates = DepthGates(drop_path_rates(len(residuals), drop_path_rate, schedule), seed)
     if drop_path_rate == 0.:
         return
-    for index, block in enumerate(blocks):
-        if mode == 'sample':
-            block.drop_path = DropPath(gates.drop_path_rates[index])
-            continue
-        block.drop_path = DepthGate(gates, index, scale)
-        if scale == 'eval':
-            layer = getattr(block, last_affine)
-            layer.register_state_dict_post_hook(partial(_fold, block.drop_path.eval_scale))
-            layer.register_load_state_dict_pre_hook(partial(_unfold, block.drop_path.eval_scale))
+    for index, (block, slots, shortcut_path, last_affine) in enumerate(residuals):
+        gate = DropPath(gates.drop_path_rates[index]) if mode == 'sample' else DepthGate(gates, index, mode, scale)
+        for slot in slots:
+            setattr(block, slot, gate)
+        if isinstance(gate, DepthGate):
+            block.drop_path_slots, block.shortcut_path = list(slots), list(shortcut_path)  # type: ignore[assignment]
+            plain_class: Any = type(block)
+            block.__class__ = _gated_class(plain_class)
+            for layer in last_affine if scale == 'eval' else ():
+                gate.fold_into(layer)
+
+
+def check_arguments(drop_path_rate: float, schedule: str, mode: str, scale: str) -> None:
+    """Raises the ValueError that `gate_blocks` documents."""
+    drop_path_rates(1, drop_path_rate, schedule)
+    check_choice('drop_path_mode', mode, MODES)
+    check_choice('drop_path_scale', scale, SCALES if mode == 'batch' else ('train',))
 
 
 def depth_gates(model: nn.Module) -> DepthGates | None:
     """The gates of `model`, also when it is wrapped (DDP, torch.compile); None at constant depth and with DropPath."""
     return next((module.gates for module in model.modules() if isinstance(module, DepthGate)), None)
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compiles each gated block for itself; the gates stay outside, so 2^L patterns need no more builds.
+
+    Args:
+        model: A model with stochastic depth in mode 'batch' or 'subset'.
+        **options: Of `torch.compile`, such as mode='reduce-overhead' (CUDA graphs).
+
+    Raises:
+        ValueError: If no block has a gate.
+    """
+    blocks = [block for block in model.modules() if isinstance(block, GatedBlock)]
+    if not blocks:
+        raise ValueError('no block has a gate, so there is nothing to compile around; compile the whole model')
+    # some shapes of block, each at the full and the last batch's size, and once more where it is recomputed
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        block.compile(**dict(dict(dynamic=False), **options))

@@ -1,0 +1,96 @@
+"""Tries add_stochastic_depth on the smallest network of each of timm's families: python bench/families.py
+
+Writes FAMILIES.md beside itself: which families work, which partly, and which not, with the reason.
+"""
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_sd
+from config import Parser, UserError, nearest, parse, run
+from run_folder import write_atomic
+from timm_sd.convert import residual_blocks
+
+TABLE = Path(__file__).parent / 'FAMILIES.md'
+HEAD = """# Stochastic depth on timm's families
+
+Written by `python bench/families.py` with timm {version}: `timm_sd.add_stochastic_depth(model, 0.5)` on the smallest
+network of each of timm's modules. Blocks that change more than they add to, such as a stage's first or one with a mixer
+beside its residual branch, stay open. "Evaluation" says whether its output stayed the same bit for bit, and "step"
+whether a training step with all blocks closed gave a gradient to every parameter that has one with all open.
+
+| family | network | works | blocks that close | evaluation | step |
+|---|---|---|---|---|---|
+"""
+
+
+def smallest(module: str) -> str:
+    """The network of a timm module with the fewest parameters that has an input size."""
+    sizes = {}
+    for name in timm.list_models(module=module):
+        try:
+            with torch.device('meta'):
+                sizes[name] = sum(param.numel() for param in timm.create_model(name).parameters())
+        except Exception:  # a few can't be built without data
+            sizes[name] = sys.maxsize
+    return min(sizes, key=lambda name: sizes[name])
+
+
+def without_gradient(model: Any, closed: bool) -> set[str]:
+    """The parameters that a training step, with all gates open or all closed, leaves without a gradient."""
+    gates: Any = timm_sd.depth_gates(model)
+    gates.draw = lambda: setattr(gates, 'open', [not closed] * len(gates.open))
+    model.train()
+    output = model(torch.rand(2, *model.pretrained_cfg['input_size']))
+    (output[0] if isinstance(output, tuple) else output).square().mean().backward()
+    missing = {name for name, param in model.named_parameters() if param.grad is None}
+    model.zero_grad()
+    return missing
+
+
+def try_family(module: str) -> str:
+    """One row of the table."""
+    name = smallest(module)
+    try:
+        model: Any = timm.create_model(name).eval()
+        x = torch.rand(1, *model.pretrained_cfg['input_size'])
+        with torch.no_grad():
+            before = model(x)
+            closable, open_ = residual_blocks(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                timm_sd.add_stochastic_depth(model, 0.5)
+            same = torch.equal(model(x), before) if isinstance(before, torch.Tensor) else True
+        step = without_gradient(model, closed=True) <= without_gradient(model, closed=False)
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        return f'| {module} | {name} | no: {reason[:90]} | | | |'
+    verdict = 'yes' if not open_ else 'partly'
+    return (f'| {module} | {name} | {verdict} | {len(closable)} of {len(closable) + open_} | '
+            f'{"same" if same else "differs"} | {"yes" if step else "no"} |')
+
+
+def main() -> None:
+    """Goes over the families and writes the table."""
+    parser = Parser("Tries stochastic depth on each of timm's families.")
+    parser.add_argument('--family', nargs='+', help="timm's modules to try, printed instead of written")
+    args: Any = parse(parser)
+    modules = sorted({timm.models._registry._model_to_module[name] for name in timm.list_models()})
+    for name in args.family or ():
+        if name not in modules:
+            raise UserError(f"--family {name} is none of timm's modules; nearest: {nearest(name, modules)}")
+    rows = [try_family(module) for module in tqdm(args.family or [m for m in modules if m not in (
+        'resnet_sd', 'resnet_cifar_sd')])]
+    if args.family:
+        print('\n'.join(rows))
+    else:
+        write_atomic(TABLE, (HEAD.format(version=timm.__version__) + '\n'.join(rows) + '\n').encode())
+
+
+if __name__ == '__main__':
+    run(main)
