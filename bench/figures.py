@@ -31,7 +31,7 @@ def save_gates(rates: Sequence[float], path: Path) -> None:
 
 
 def save_ratios(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the ratio of each row with its quartiles, and the limit where there is one.
+    """Draws the ratio of each row with its quartiles, mode batch in colour, and the limit where there is one.
 
     Args:
         rows: The rows of throughput.py.
@@ -41,14 +41,15 @@ def save_ratios(rows: list[dict[str, Any]], path: Path) -> None:
     for place, row in enumerate(rows):
         ratio = row['ratio']
         low, high = ratio['median'] - ratio['q1'], ratio['q3'] - ratio['median']
-        axes.barh(place, ratio['median'], height=0.6, color='tab:orange' if 'limit' in row else '0.7',
+        axes.barh(place, ratio['median'], height=0.6, color='tab:orange' if row['name'].startswith('batch') else '0.7',
                   xerr=[[low], [high]], error_kw=dict(lw=1, capsize=3))
         if 'limit' in row:
             axes.plot([row['limit']] * 2, [place - 0.4, place + 0.4], color='black', lw=2)
     axes.axvline(1., color='black', lw=0.8, ls=':')
     axes.set_yticks(range(len(rows)), [f'{row["model"]}, {row["name"]}' for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel('time a step, ratio with quartiles; thick line: the open blocks alone')
+    line = '; line: the open blocks alone' if any('limit' in row for row in rows) else ''
+    axes.set_xlabel(f'time a step, ratio{line}')
     _save(figure, [axes], path)
 
 

@@ -8,13 +8,16 @@ A repository holds model.safetensors, config.json, README.md (the card), results
 gates.png; never a pickle. The card is built from results.json; nothing in it is typed by hand.
 """
 import json
+import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from timm.models import save_for_hf
 
@@ -39,12 +42,34 @@ PAPER = {
 }
 
 
-def full_name(model: str) -> str:
-    """The model's name with its tag."""
-    cfg: Any = timm.get_pretrained_cfg(model)
-    if cfg is None or cfg.tag is None:
-        raise UserError(f'model {model!r} has no tag, and so no place to publish it under')
+# epochs of the paper's recipes
+PAPER_EPOCHS = dict(cifar10=500, cifar10_short=500, cifar100=500, svhn=50, cifar10_1202=300)
+
+
+def architecture(model: str) -> str:
+    """timm's own name of a network where it has one, so that plain timm loads it; else the name without its tag."""
+    name = model.partition('.')[0]
+    plain = name.removeprefix('sd_')
+    return plain if timm.is_model(plain) else name
+
+
+def full_name(results: dict[str, Any]) -> str:
+    """The model's name with its tag; that of a network of timm's own says what it was trained on."""
+    if timm.is_model(results['model'].partition('.')[0].removeprefix('sd_')):
+        return f'{results["model"].partition(".")[0]}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
+    cfg: Any = timm.get_pretrained_cfg(results['model'])
     return f'{cfg.architecture}.{cfg.tag}'
+
+
+def dataset_of(results: dict[str, Any]) -> str:
+    """The data set without its revision."""
+    return results['dataset'].partition('@')[0]
+
+
+def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:
+    """Number of classes, and the side of the images in pixels."""
+    cfg: Any = timm.get_pretrained_cfg(results['model'])
+    return len(results.get('label_names', ())) or cfg.num_classes, results['args']['img_size'] or cfg.input_size[-1]
 
 
 def measured_saving(name: str, drop_path_rate: float) -> dict[str, Any] | None:
@@ -61,17 +86,24 @@ def measured_saving(name: str, drop_path_rate: float) -> dict[str, Any] | None:
 def make_card(folder: Path, repo: str | None = None) -> str:
     """The model card of the results.json in `folder`; its snippets load from `repo`, or from the package."""
     results: Any = json.loads((folder / 'results.json').read_text())
-    name, accuracy = full_name(results['model']), round(100 - results['test_best']['top1_err'], 2)
+    name, dataset = full_name(results), dataset_of(results)
+    hub_dataset = dataset if re.fullmatch(r'[\w-]+/[\w.-]+', dataset) else None
+    classes, size = classes_and_size(results)
+    features: Any = timm.create_model(architecture(name), features_only=True).eval()
     data = ModelCardData(
         library_name='timm', license='apache-2.0', pipeline_tag='image-classification', model_name=name,
-        tags=['image-classification', 'timm', 'stochastic-depth'], datasets=[results['dataset']], metrics=['accuracy'],
-        eval_results=[EvalResult(
-            task_type='image-classification', dataset_type=results['dataset'], dataset_name=results['dataset'],
-            dataset_split='test', metric_type='accuracy', metric_value=accuracy, metric_name='Top-1 accuracy (%)')])
+        tags=['image-classification', 'timm', 'stochastic-depth'], datasets=hub_dataset and [hub_dataset],
+        metrics=['accuracy'], eval_results=[EvalResult(
+            task_type='image-classification', dataset_type=dataset, dataset_name=dataset, dataset_split='test',
+            metric_type='accuracy', metric_value=round(100 - results['test_best']['top1_err'], 2),
+            metric_name='Top-1 accuracy (%)')])
     card = ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
-        paper=PAPER.get(name), saving=measured_saving(name, results['drop_path_rate']),
-        classes=timm.create_model(name).num_classes)
+        dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size,
+        paper=PAPER.get(name), paper_epochs=PAPER_EPOCHS.get(results['recipe']),
+        saving=measured_saving(name, results['drop_path_rate']),
+        maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
+        width=timm.create_model(architecture(name)).num_features)
     return str(card)
 
 
@@ -81,12 +113,13 @@ def read_run(run_folder: Path) -> tuple[str, dict[str, Any]]:
     if results is None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
     check_model_name(results['model'])
-    name = full_name(results['model'])
-    tag = name.partition('.')[2]
-    if results['dataset'] != DATASETS[tag] or results['drop_path_rate'] == 0:
-        raise UserError(f'{run_folder} was trained on {results["dataset"]} at drop_path_rate '
-                        f'{results["drop_path_rate"]}; {name} stands for {DATASETS[tag]} with stochastic depth')
-    results['args']['data_dir'] = None  # a path of this machine
+    name = full_name(results)
+    meant = DATASETS.get(name.partition('.')[2], dataset_of(results))
+    if results['blocks'] is None or results['args']['drop_path_mode'] not in (None, 'batch'):
+        raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')
+    if dataset_of(results) != meant:
+        raise UserError(f'{run_folder} was trained on {results["dataset"]}; {name} stands for {meant}')
+    results['args'].update(data_dir=None, output=None, resume=None)  # paths of this machine
     return name, results
 
 
@@ -105,10 +138,15 @@ def write_repository(run_folder: Path, folder: Path, repo: str) -> None:
     """Writes everything that a Hub repository holds."""
     name, results = read_run(run_folder)
     write_card_folder(run_folder, results, folder, repo)
-    model: Any = timm.create_model(name)
+    classes, size = classes_and_size(results)
+    model: Any = timm.create_model(architecture(name), num_classes=classes)
     labels = dict(label_names=results['label_names']) if 'label_names' in results else {}
-    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(
-        pretrained_cfg=dict(tag=name.partition('.')[2], license='apache-2.0'), **labels))
+    given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
+    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(labels, pretrained_cfg=dict(
+        given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size), crop_pct=1.0,
+        interpolation='bilinear',
+        paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
+        test_input_size=None, test_crop_pct=None)))
     # the run's own file, in place of the random weights that timm wrote beside config.json
     write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
 
@@ -116,6 +154,8 @@ def write_repository(run_folder: Path, folder: Path, repo: str) -> None:
 def bundle(run_folder: Path) -> None:
     """Copies a finished run's weights into the package and its results under hub_cards/."""
     name, results = read_run(run_folder)
+    if name.partition('.')[2] not in DATASETS:
+        raise UserError(f'the package holds no {name}, only the tags {", ".join(DATASETS)}; publish it with --repo')
     write_card_folder(run_folder, results, CARDS / name)
     write_atomic(PRETRAINED / f'{name}.safetensors', (run_folder / 'model.safetensors').read_bytes())
     print(f'bundled {name}: test error {results["test_best"]["top1_err"]} %')
@@ -127,6 +167,8 @@ def publish(run_folder: Path, args: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write_repository(run_folder, Path(scratch), args.repo)
         try:
+            with suppress(RepositoryNotFoundError):  # a quick question: the calls that follow would wait for ever
+                api.repo_info(args.repo, timeout=3)
             api.create_repo(args.repo, private=args.private, exist_ok=True)
             if args.revision and not args.create_pr:
                 api.create_branch(args.repo, branch=args.revision, exist_ok=True)
@@ -136,7 +178,8 @@ def publish(run_folder: Path, args: Any) -> None:
             reason = ' '.join(str(error).split())[:300] or type(error).__name__
             raise UserError(f'--repo {args.repo} can not be published: {reason}; log in with hf auth login, or set '
                             'HF_TOKEN') from error
-    print(f"load it: timm.create_model('hf-hub:{args.repo}', pretrained=True)\nhf_hub_id: {args.repo}@{commit.oid}")
+    at = f'@{commit.oid}' if args.create_pr else f'@{args.revision}' if args.revision else ''
+    print(f"load it: timm.create_model('hf-hub:{args.repo}{at}', pretrained=True)\nhf_hub_id: {args.repo}@{commit.oid}")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ KINDS = {
     'resnext50_32x4d': (dict(layers=(2, 1, 1, 1)), 5, 0),
     'seresnet18': ({}, 8, 0),
     'regnetx_002': ({}, 13, 0),
+    'resnet33ts': ({}, 10, 0),
     'nf_regnet_b0': ({}, 12, 4),
     'test_convnext': ({}, 9, 0),
     'test_vit': ({}, 6, 0),
@@ -342,6 +343,10 @@ def test_timms_own_drop_path_is_replaced():
     assert any(isinstance(module, DropPath) for module in model.modules())
     timm_sd.add_stochastic_depth(model, 0.5)
     assert not any(isinstance(module, DropPath) for module in model.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        hiera = timm_sd.add_stochastic_depth(network('hiera_tiny_224', drop_path_rate=0.3), 0.5)
+    assert not any(isinstance(module, DropPath) for module in hiera.modules())  # nor in blocks that stay open
     buffer = io.BytesIO()
     torch.save(model, buffer)
 

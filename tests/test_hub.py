@@ -102,6 +102,26 @@ def test_publish_and_load_back(hub, client, run_folder):
     assert local.returncode == 0, local.stderr
 
 
+def test_timms_own_architecture_needs_no_plugin(hub, client, tmp_path):
+    train = [ROOT / 'bench' / 'train.py', '--model', 'sd_resnet18', '--img-size', '32', '--epochs', '1', '--no-amp',
+             '--output', tmp_path, '--experiment', 'a']
+    assert client.run(*train).returncode == 0
+    result = client.publish(tmp_path / 'a', '--repo', 'our/sd18')
+    assert result.returncode == 0, result.stderr
+    files = hub.repos['models', 'our/sd18'].commits[hub.repos['models', 'our/sd18'].branches['main']]
+    assert 'model-index' in files['README.md'].decode()
+    config = json.loads(files['config.json'])
+    assert (config['architecture'], config['num_classes'], config['pretrained_cfg']['tag']) == (
+        'resnet18', 10, 'sd_digits')
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    plain = client.run('-c', "import timm; m = timm.create_model('hf-hub:our/sd18', pretrained=True); "
+                             "print(type(m).__module__, m.num_classes)")
+    assert plain.stdout == 'timm.models.resnet 10\n', plain.stderr
+    refused = client.publish(tmp_path / 'a', '--bundle')
+    assert refused.returncode == 2
+    assert 'sd_resnet18.sd_digits' in last_line(refused)
+
+
 def write_dry_run(client, run_folder):
     result = client.publish(run_folder, '--repo', 'our/sd', '--dry-run', token=False)
     assert result.returncode == 0, result.stderr
@@ -115,8 +135,15 @@ def test_revision_private_and_no_token(hub, client, run_folder):
     assert re.fullmatch(r'publish.py: error: --repo our/new can not be published: .*HF_TOKEN', last_line(refused))
     assert not hub.repos
 
+    hub.fault = 'silent'
+    silent = client.publish(run_folder, '--repo', 'our/new')
+    assert silent.returncode == 2
+    assert 'our/new can not be published' in last_line(silent)
+    hub.fault = None
+
     result = client.publish(run_folder, '--repo', 'our/new', '--private', '--revision', 'half')
     assert result.returncode == 0, result.stderr
+    assert "'hf-hub:our/new@half'" in result.stdout
     repo = hub.repos['models', 'our/new']
     assert 'model.safetensors' in repo.commits[repo.branches['half']]
     assert repo.private

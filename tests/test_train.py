@@ -209,7 +209,7 @@ def test_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
     (['--resume', './nowhere'], ['./nowhere', 'args.yaml']),
     (['--val-per-class', '1000'], ['--val-per-class', '1000']),
     (['--require-processes', '2'], ['--require-processes is 2', '1 process', 'README']),
-    (['--model', 'resnet10t', '--drop-path', '0', '--compile', 'blocks'], ['resnet10t', '--compile model']),
+    (['--model', 'resnet10t', '--drop-path', '0', '--compile', 'blocks'], ['resnet10t', 'compile the whole model']),
     (['--compile', 'blocks', '--torchcompile-mode', 'fast'], ['fast', 'reduce-overhead']),
 ])
 def test_mistakes_get_one_line_and_status_2(tmp_path, args, words):

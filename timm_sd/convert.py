@@ -21,6 +21,7 @@ from .stochastic_depth import DepthGate, GatedBlock, Residual, check_arguments, 
 # identity and each single module of a block are tried.
 _SHORTCUTS = (
     ('downsample', 'act3'), ('downsample', 'act2'),  # ResNet, RegNet: projection, and activation behind the addition
+    ('shortcut', 'act'),                             # ByobNet: likewise
     ('cpe1', 'cpe2'),                                # DaViT: convolutional position encodings
     ('res_scale1', 'res_scale2'),                    # MetaFormer: learned scales of the shortcut
 )
@@ -123,7 +124,7 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
     """
     found: list[Residual] = []
     stay_open: list[nn.Module] = []
-    inputs: dict[nn.Module, torch.Tensor] = {}
+    inputs: dict[nn.Module, torch.Tensor | None] = {}
 
     def look(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         used = {slot: probe for slot, probe in probes[block].items() if probe.seen is not None}
@@ -131,14 +132,18 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
             return  # a block without a shortcut, such as EfficientNet's where the shape changes
         if any(block is residual.block for residual in found) or block in stay_open:
             raise ValueError(f'{names[block]} runs twice in one forward pass; a block has one gate')
-        args = (inputs.pop(block), *args[1:])
+        x = inputs.pop(block)
+        if x is None:  # several tensors, as CrossViT's blocks take
+            stay_open.append(block)
+            return
+        args = (x, *args[1:])
         with _other_weights(block):
             for probe in used.values():
                 probe.closed = True
-            closed = block.forward(args[0].clone(), *args[1:], **kwargs)
+            closed = block.forward(x.clone(), *args[1:], **kwargs)
             for probe in used.values():
                 probe.closed = False
-            path = _shortcut_path(block, args[0], closed)
+            path = _shortcut_path(block, x, closed)
         if path is None:
             stay_open.append(block)
             return
@@ -149,7 +154,7 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         found.append(Residual(block, tuple(used), path, tuple(layer for layer in last if layer is not None)))
 
     def keep_input(block: nn.Module, args: tuple) -> None:
-        inputs[block] = args[0].clone()
+        inputs[block] = args[0].clone() if args and isinstance(args[0], torch.Tensor) else None
         for probe in probes[block].values():
             probe.seen = None
 
@@ -182,6 +187,13 @@ def _shortcut_path(block: nn.Module, x: torch.Tensor, closed: Any) -> tuple[str,
                 and torch.allclose(y, closed, rtol=1e-5, atol=1e-6):  # another memory layout rounds differently
             return path
     return None
+
+
+def _clear_slots(model: nn.Module) -> None:
+    for block in model.modules():
+        for slot in drop_path_slots(block):
+            if getattr(block, slot) is not None:
+                setattr(block, slot, nn.Identity())
 
 
 def add_stochastic_depth(
@@ -222,6 +234,7 @@ def add_stochastic_depth(
         warnings.warn(f'{name}: {stay_open} of {len(residuals) + stay_open} residual blocks change more than they add '
                       'to, and stay open', stacklevel=2)
     plain = {key: value.clone() for key, value in model.state_dict().items()} if scale == 'eval' else None
+    _clear_slots(model)  # timm's own rule, also of the blocks that stay open
     gate_blocks(residuals, drop_path_rate, schedule, mode, scale, seed)
     if plain is not None:
         model.load_state_dict(plain)  # unfolds
@@ -241,10 +254,8 @@ def remove_stochastic_depth(model: nn.Module) -> nn.Module:
     folded = model.state_dict()
     for gate in gates:
         gate.remove_folding()
+    _clear_slots(model)
     for block in model.modules():
-        for slot in drop_path_slots(block):
-            if getattr(block, slot) is not None:
-                setattr(block, slot, nn.Identity())
         if isinstance(block, GatedBlock):
             block.__class__ = block.plain_class  # type: ignore[assignment]
             del block.drop_path_slots, block.shortcut_path

@@ -9,7 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
@@ -24,14 +30,14 @@ def _reason(error: Exception) -> str:
         return 'access must be asked for on its page'
     if isinstance(error, RevisionNotFoundError):
         return 'there is no such revision'
-    if isinstance(error, EntryNotFoundError):
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return 'there is no such file; weights other than safetensors are not loaded'
     if isinstance(error, RepositoryNotFoundError):
         return 'there is no such repository, or it is private: log in with hf auth login, or set HF_TOKEN'
     return f'the Hub does not answer as it should ({type(error).__name__}); try later, or pass pretrained=False'
 
 
-def download(name: str, hub_id: str) -> str:
+def download(name: str, hub_id: str, cache_dir: str | None = None) -> str:
     """The local path of a repository's model.safetensors.
 
     A quick question comes first, so a Hub that can't be reached costs a few seconds; then what the cache holds must do.
@@ -39,6 +45,7 @@ def download(name: str, hub_id: str) -> str:
     Args:
         name: The model's name, for the error.
         hub_id: 'ORG/NAME', or 'ORG/NAME@revision'.
+        cache_dir: In place of the Hub's own cache.
 
     Raises:
         OSError: If the file can't be had, in one line.
@@ -51,24 +58,26 @@ def download(name: str, hub_id: str) -> str:
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             raise
         except (httpx.HTTPError, OSError):
-            cached = try_to_load_from_cache(repo, FILE, revision=revision)
+            cached = try_to_load_from_cache(repo, FILE, cache_dir, revision)
             if not isinstance(cached, str):
                 raise
             return cached
-        return hf_hub_download(repo, FILE, revision=revision)
+        return hf_hub_download(repo, FILE, revision=revision, cache_dir=cache_dir)
     except (httpx.HTTPError, OSError, ValueError) as error:
-        raise OSError(f'{name}: no weights from {FILE} of {hub_id} on the Hub: {_reason(error)}') from error
+        raise OSError(f'{name}: not in the package, and no weights from {FILE} of {hub_id} on the Hub: '
+                      f'{_reason(error)}') from error
 
 
 def _full_name(cfg: Any) -> str:
     return f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
 
 
-def find(cfg: Any) -> str:
+def find(cfg: Any, cache_dir: str | None = None) -> str:
     """The local path of the weights that a pretrained_cfg means; downloads them if need be.
 
     Args:
         cfg: timm's PretrainedCfg, resolved.
+        cache_dir: In place of the Hub's own cache.
 
     Raises:
         RuntimeError: If there is no place where they could be.
@@ -78,12 +87,12 @@ def find(cfg: Any) -> str:
     if cfg.file and cfg.source != 'hf-hub':
         return cfg.file
     if cfg.hf_hub_id:
-        return download(name, cfg.hf_hub_id)
+        return download(name, cfg.hf_hub_id, cache_dir)
     org = os.environ.get('TIMM_SD_HUB_ORG')
     if not org:
         raise RuntimeError(f'{name}: the package has no such weights, and TIMM_SD_HUB_ORG is not set, whose repository '
                            f'ORG/{name} would be looked for on the Hub; pass pretrained=False for random weights')
-    return download(name, f'{org}/{name}')
+    return download(name, f'{org}/{name}', cache_dir)
 
 
 @contextmanager
@@ -102,7 +111,7 @@ def local_weights(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
     if cfg.state_dict or cfg.source == 'local-dir':
         yield
         return
-    path = find(cfg)
+    path = find(cfg, kwargs.get('cache_dir'))
     kwargs['pretrained_cfg_overlay'] = dict(overlay, file=path, source='timm')
     try:
         yield

@@ -115,10 +115,12 @@ class GatedBlock(nn.Module):
         return closed_block(self.run_shortcut(x), (*branch, *others))
 
     def run_shortcut(self, x: torch.Tensor) -> torch.Tensor:
-        """The output of the block without its branch."""
+        """The output of the block without its branch; `x` is left alone, whatever an activation does in place."""
+        y = x
         for name in self.shortcut_path:
-            x = getattr(self, name)(x)
-        return x
+            module: Any = getattr(self, name)
+            y = module(y.clone() if y is x and getattr(module, 'inplace', False) else y)
+        return y
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # the class was made at run time, so a pickle names the one it was made of
