@@ -123,6 +123,16 @@ def test_evaluation_keys_and_classes_stay(name):
         removed.train()(x)
 
 
+@pytest.mark.parametrize('mode', ['batch', 'subset', 'sample'])
+def test_a_model_in_evaluation_mode_stays_in_it(mode):
+    model = network('test_vit').eval()
+    with torch.no_grad():
+        expected = model(images(model))
+        timm_sd.add_stochastic_depth(model, 0.5, mode=mode)
+        assert torch.equal(model(images(model)), expected)
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize('name', KINDS)
 def test_number_of_blocks(name):
     found, stay_open = residual_blocks(network(name))

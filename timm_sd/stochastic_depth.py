@@ -245,6 +245,7 @@ def gate_blocks(
         return
     for index, (block, slots, shortcut_path, last_affine) in enumerate(residuals):
         gate = DropPath(gates.drop_path_rates[index]) if mode == 'sample' else DepthGate(gates, index, mode, scale)
+        gate.train(block.training)
         for slot in slots:
             setattr(block, slot, gate)
         if isinstance(gate, DepthGate):
