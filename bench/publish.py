@@ -40,8 +40,6 @@ PAPER = {
     'sd_resnet20_cifar.c10': '7.60 at p_L = 0.9 and 8.31 at constant depth (Fig. 8)',
     'sd_resnet152_cifar.svhn': '1.75 at p_L = 0.5 and 1.80 at constant depth (Table 1)',
 }
-
-
 # epochs of the paper's recipes
 PAPER_EPOCHS = dict(cifar10=500, cifar10_short=500, cifar100=500, svhn=50, cifar10_1202=300)
 
@@ -55,8 +53,9 @@ def architecture(model: str) -> str:
 
 def full_name(results: dict[str, Any]) -> str:
     """The model's name with its tag; that of a network of timm's own says what it was trained on."""
-    if timm.is_model(results['model'].partition('.')[0].removeprefix('sd_')):
-        return f'{results["model"].partition(".")[0]}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
+    name = results['model'].partition('.')[0]
+    if timm.is_model(name.removeprefix('sd_')):
+        return f'{name}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
     cfg: Any = timm.get_pretrained_cfg(results['model'])
     return f'{cfg.architecture}.{cfg.tag}'
 

@@ -5,18 +5,17 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections import Counter
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, debug_launcher
+from test_stochastic_depth import CountOps, force
 from timm.layers import DropPath
 from timm.models import get_model_input_config
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_sd
 from timm_sd.convert import residual_blocks
@@ -78,21 +77,6 @@ def added(name='test_resnet', rate=0.5, **kwargs):
 
 def gated_blocks(model):
     return [module for module in model.modules() if isinstance(module, GatedBlock)]
-
-
-def force(model, gates):
-    depth_gates = timm_sd.depth_gates(model)
-    depth_gates.draw = lambda: setattr(depth_gates, 'open', list(gates))
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Naive(nn.Module):
