@@ -150,7 +150,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset-config', help='configuration of a Hub data set that has several')
     group.add_argument('--data-dir', help='local folder to load instead of --dataset')
     group.add_argument('--streaming', action=argparse.BooleanOptionalAction, default=False,
-                       help='read a Hub data set as it comes in, without a copy on the disk')
+                       help='read a data set as it comes in, without a copy on the disk')
     group.add_argument('--input-key', help='column of the images; found by its type if there is only one')
     group.add_argument('--target-key', help='column of the labels; found by its type if there is only one')
     group.add_argument('--num-classes', type=int, help='checked against the data')
@@ -158,6 +158,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mean', type=float, nargs='+', help="mean of each channel (default: the model's)")
     group.add_argument('--std', type=float, nargs='+', help="standard deviation of each channel (default: the model's)")
     group.add_argument('-b', '--batch-size', type=count, default=128, help='images a process and step')
+    group.add_argument('--in-memory', action=argparse.BooleanOptionalAction, default=True,
+                       help='decode all images once into memory, for small ones; otherwise --workers read them')
+    group.add_argument('-j', '--workers', type=count, default=min(4, cores()),
+                       help='processes that read where not --in-memory')
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -216,8 +220,11 @@ def train_parser() -> argparse.ArgumentParser:
                        help='stay at --warmup-lr instead of climbing from it')
 
     group = parser.add_argument_group('augmentation')
-    group.add_argument('--crop-padding', type=number(int, 0), default=4, help='pixels of zeros around, then a crop')
+    group.add_argument('--crop-padding', type=number(int, 0), default=4, help='in memory: zeros around, then a crop')
     group.add_argument('--hflip', type=fraction, default=0.5, help='probability of a horizontal flip')
+    group.add_argument('--scale', type=fraction, nargs=2, default=[0.08, 1.], help='not in memory: area of a crop')
+    group.add_argument('--color-jitter', type=positive, default=0.4, help='not in memory: strength')
+    group.add_argument('--aa', help="not in memory: timm's auto-augment policy, such as rand-m9-mstd0.5")
 
     group = parser.add_argument_group('run')
     group.add_argument('--seed', type=int, default=0)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import timm_sd
 from config import UserError, default_amp
-from data import Batches, ImageSet
 from engine import autocast, train_epoch
+from in_memory import ImageSet, MemoryBatches
 from timm_sd.convert import residual_blocks
 
 MODES = ('constant', *timm_sd.MODES, 'torchvision-batch', 'torchvision-row')
@@ -97,7 +97,7 @@ class Contestant:
         size = model.pretrained_cfg['input_size']
         pictures = torch.randint(256, (args.batch_size * args.steps, *size), dtype=torch.uint8)
         data = ImageSet(pictures, torch.randint(10, (len(pictures),)), [str(n) for n in range(10)])
-        self.batches = Batches(data.to(device), args.batch_size, (0.5,) * size[0], (0.25,) * size[0],
+        self.batches = MemoryBatches(data.to(device), args.batch_size, (0.5,) * size[0], (0.25,) * size[0],
                                train=True, crop_padding=4, hflip=0.5)
         self.x, self.target, _ = next(iter(self.batches))
 

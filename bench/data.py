@@ -1,44 +1,33 @@
-"""The fast data path for small images: decoded once into a uint8 tensor on the device, augmented there by the batch.
-
-Shapes: N images, B a batch, C channels, H x W pixels. Order and augmentation of an epoch come from a generator seeded
-by (seed, epoch), over the batch of all ranks together, so a sample's crop and flip depend neither on the number of
-processes nor on a resume.
-"""
+"""Where images come from: one split of a Hub data set, of a local folder, or of scikit-learn's digits."""
 import io
-import random
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
 import numpy as np
-import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
-from tqdm import tqdm
 
 from config import UserError
 
 
-@dataclass
-class ImageSet:
-    """Images (N, C, H, W) uint8 and labels (N,) int64."""
-    images: torch.Tensor
-    labels: torch.Tensor
+class Split(NamedTuple):
+    """One split, its images not yet decoded.
+
+    Attributes:
+        rows: The data set, with the columns `image` (dict of bytes and path) and `label` (int).
+        class_names: Of the labels.
+        where: Names it in error messages.
+        images: Their number; None where a stream doesn't tell.
+    """
+    rows: datasets.Dataset | datasets.IterableDataset
     class_names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: torch.Tensor) -> 'ImageSet':
-        return replace(self, images=self.images[index], labels=self.labels[index])
-
-    def to(self, device: torch.device) -> 'ImageSet':
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+    where: str
+    images: int | None
 
 
 def _digits() -> datasets.DatasetDict:
@@ -110,37 +99,34 @@ def _column(features: datasets.Features, kind: type, given: str | None, flag: st
     return found[0]
 
 
-def _read(batches: Iterator[dict[str, list]], where: str) -> Iterator[dict[str, list]]:
+def read(batches: Iterable[Any], where: str) -> Iterator[Any]:
     """The batches; what a damaged or unreachable file makes the readers raise becomes a UserError."""
     try:
         yield from batches
+    except UserError:
+        raise
     except Exception as error:
         reason = ' '.join(str(error.__cause__ or error).split())[:200]
         raise UserError(f'{where} can not be read: {reason}') from error
 
 
-def _decode(encoded: bytes, img_size: int | None, where: str) -> torch.Tensor:
-    """A picture (H, W, C) uint8, resized if asked for."""
+def decode(encoded: dict[str, Any], where: str) -> Image.Image:
+    """The RGB picture of an `image` of `Split`; UserError if it is damaged."""
     try:
-        image = Image.open(io.BytesIO(encoded)).convert('RGB')
+        return Image.open(io.BytesIO(encoded['bytes']) if encoded['bytes'] else encoded['path']).convert('RGB')
     except OSError as error:
         raise UserError(f'{where} is damaged ({error})') from error
-    if img_size is not None and image.size != (img_size, img_size):
-        image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image))
 
 
-def load_image_set(
+def open_split(
         name: str,
         split: str,
         config: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
-        img_size: int | None = None,
         streaming: bool = False,
-        progress: bool = True,
-) -> ImageSet:
-    """Loads one split and decodes it.
+) -> Split:
+    """Opens one split and finds its columns by their types.
 
     Args:
         name: Hub data set, local folder, or 'digits'.
@@ -148,140 +134,21 @@ def load_image_set(
         config: Configuration, of a Hub data set that has several.
         input_key: Column of the images, if there are several.
         target_key: Column of the labels, if there are several.
-        img_size: Side to resize to, in pixels; without it all images must have one size.
-        streaming: Decode while the files come in; nothing is kept on the disk.
-        progress: Show a bar.
+        streaming: Read as the files come in; nothing is kept on the disk.
 
     Raises:
-        UserError: If the data set, a column or a file in it can't be used.
+        UserError: If the data set or a column can't be found.
     """
     data = load_split(name, split, config, streaming)
     if data.features is None:  # of a stream whose files don't tell
         data = data._resolve_features()
     image_key = _column(data.features, datasets.Image, input_key, '--input-key')
     label_key = _column(data.features, datasets.ClassLabel, target_key, '--target-key')
-    where, class_names = f'data set {name!r}, split {split!r}', data.features[label_key].names
-    rows = data.select_columns([image_key, label_key]).cast_column(image_key, datasets.Image(decode=False))
-    pictures: list[torch.Tensor] = []
-    targets: list[int] = []
-    for batch in tqdm(_read(rows.iter(1000), where), desc=f'decode {split}', unit='k', leave=False,
-                      disable=not progress):
-        targets += batch[label_key]
-        for encoded in batch[image_key]:
-            pictures.append(_decode(encoded['bytes'], img_size, f'{where}: image {len(pictures)}'))
-            if pictures[-1].shape != pictures[0].shape:
-                raise UserError(f'{where}: image {len(pictures) - 1} is {pictures[-1].shape[1]}x'
-                                f'{pictures[-1].shape[0]}, others are not; resize with --img-size')
-    if not pictures:
-        raise UserError(f'{where} holds no images')
-    images, labels = torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor(targets)
-    if not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise UserError(f'{where}: labels go from {labels.min()} to {labels.max()}, classes from 0 to '
-                        f'{len(class_names) - 1}')
-    return ImageSet(images, labels, class_names)
-
-
-def concatenate(parts: Sequence[ImageSet]) -> ImageSet:
-    """Several splits, one behind the other."""
-    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
-    return ImageSet(images, labels, parts[0].class_names)
-
-
-def hold_out(part: ImageSet, per_class: int) -> tuple[ImageSet, ImageSet]:
-    """Divides a split into training and validation images, `per_class` of each class; always the same ones.
-
-    The seed is fixed, and not the run's, so that runs of several seeds share one validation set.
-    """
-    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
-    held = torch.zeros(len(part), dtype=torch.bool)
-    for label in range(len(part.class_names)):
-        of_class = order[part.labels[order] == label]
-        if len(of_class) <= per_class:
-            raise UserError(f'--val-per-class {per_class} leaves nothing of class {part.class_names[label]!r} to train')
-        held[of_class[:per_class]] = True
-    return part[~held], part[held]
-
-
-def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.Tensor) -> torch.Tensor:
-    """Shifts each normalised image by up to `padding` pixels with zero fill, and mirrors it with probability `hflip`.
-
-    Args:
-        x: Normalised images, (B, C, H, W).
-        padding: Largest shift in pixels.
-        hflip: Probability of the mirror image.
-        draws: Uniform numbers in [0, 1), (B, 3): vertical and horizontal shift, flip.
-
-    Returns:
-        (B, C, H, W) in channels_last order, which the indexing gives for free.
-    """
-    height, width = x.shape[-2:]
-    shift = (draws[:, :2] * (2 * padding + 1)).long()
-    rows = shift[:, :1] + torch.arange(height, device=x.device)
-    cols = shift[:, 1:] + torch.arange(width, device=x.device)
-    cols = torch.where(draws[:, 2:] < hflip, cols.flip(1), cols)
-    sample = torch.arange(len(x), device=x.device)[:, None, None]
-    return F.pad(x, [padding] * 4)[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-class Batches:
-    """Batches of one rank: iterating gives (images (B, C, H, W) float32 normalised, labels (B,), size of all ranks).
-
-    Args:
-        data: The images, on the device.
-        batch_size: Images a rank and step.
-        mean: Mean of each channel, of pixels in [0, 1].
-        std: Standard deviation of each channel.
-        train: Shuffle and augment; otherwise the order of the data.
-        crop_padding: See `random_crop_flip`.
-        hflip: See `random_crop_flip`.
-        seed: Seed of order and augmentation.
-        rank: This process.
-        world_size: Number of processes; each takes its share of every batch, the last and partial one included.
-    """
-
-    def __init__(
-            self,
-            data: ImageSet,
-            batch_size: int,
-            mean: Sequence[float],
-            std: Sequence[float],
-            train: bool = False,
-            crop_padding: int = 0,
-            hflip: float = 0.,
-            seed: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
-    ) -> None:
-        self.data = data
-        self.global_batch_size = batch_size * world_size
-        self.mean = 255 * torch.tensor(mean, device=data.images.device).view(-1, 1, 1)
-        self.std = 255 * torch.tensor(std, device=data.images.device).view(-1, 1, 1)
-        self.train = train
-        self.crop_padding, self.hflip = crop_padding, hflip
-        self.seed, self.epoch = seed, 0
-        self.rank, self.world_size = rank, world_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses order and augmentation."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.data) // self.global_batch_size)
-
-    def images_of_update(self, step: int, grad_accum_steps: int) -> int:
-        """Images, of all ranks and of the batches it accumulates, in the update that batch `step` belongs to."""
-        images = self.global_batch_size * grad_accum_steps
-        return min(images, len(self.data) - step // grad_accum_steps * images)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        device, n = self.data.images.device, len(self.data)
-        generator = torch.Generator().manual_seed(random.Random(f'data/{self.seed}/{self.epoch}').getrandbits(63))
-        order = (torch.randperm(n, generator=generator) if self.train else torch.arange(n)).to(device)
-        draws = torch.rand(n, 3, generator=generator).to(device)  # on the device at once: no step waits for a copy
-        for start in range(0, n, self.global_batch_size):
-            batch = order[start:start + self.global_batch_size]
-            index = batch[self.rank::self.world_size]
-            x = (self.data.images[index] - self.mean) / self.std
-            if self.train:
-                x = random_crop_flip(x, self.crop_padding, self.hflip, draws[index])
-            yield x, self.data.labels[index], len(batch)
+    told = (data.info.splits or {}).get(split)
+    images = len(data) if isinstance(data, datasets.Dataset) else told and told.num_examples
+    rows = data.select_columns([image_key, label_key])
+    for column, name in ((image_key, 'image'), (label_key, 'label')):
+        if column != name:  # a stream can't rename a column to its own name
+            rows = rows.rename_column(column, name)
+    return Split(rows.cast_column('image', datasets.Image(decode=False)), data.features[label_key].names,
+                 f'data set {name!r}, split {split!r}', images)

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast
 from torch import nn
 from tqdm import tqdm
 
-from data import Batches
+from batches import Batches
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -72,7 +72,7 @@ def train_epoch(
         bar.update(size)
     if accelerator.num_processes > 1:  # each rank has batch norm statistics of its own since the last forward pass
         broadcast(list(model.buffers()))
-    return accelerator.reduce(loss_sum).item() / len(batches.data)
+    return accelerator.reduce(loss_sum).item() / batches.images
 
 
 @torch.no_grad()
@@ -92,5 +92,5 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
         loss = F.cross_entropy(logits, target, reduction='sum')
         total += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
     loss_sum, top1, top5 = accelerator.reduce(total).tolist()
-    images = len(batches.data)
+    images = batches.images
     return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images)

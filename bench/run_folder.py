@@ -26,7 +26,7 @@ import timm_sd
 from config import UserError, cores
 
 # flags that may differ between a run and its resumption: they change nothing that is computed
-_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'streaming', 'threads',
+_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
          'batch_size', 'require_processes')
 
 

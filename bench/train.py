@@ -23,52 +23,22 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sd
+from batches import Batches
 from config import (
     UserError,
     changed_from_recipe,
-    check_classes,
-    check_image_size,
     check_model_name,
     cores,
     default_amp,
-    mean_and_std,
     parse,
     run,
     train_parser,
     user_errors,
 )
-from data import Batches, ImageSet, concatenate, hold_out, load_image_set
 from engine import Autocast, autocast, evaluate, train_epoch
 from figures import save_curves
+from parts import load_parts, make_batches
 from run_folder import RunFolder, find_run_folder, hardware, load_raw_state, raw_state, versions
-
-
-def load_data(args: Any, progress: bool) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """Training, validation and test images. The validation part comes out of the training part, never of the test."""
-    name = args.data_dir or args.dataset
-
-    def load(split: str) -> ImageSet:
-        return load_image_set(name, split, args.dataset_config, args.input_key, args.target_key, args.img_size,
-                              args.streaming, progress)
-
-    parts = [load(split) for split in args.train_split.split('+')]
-    if args.val_split:
-        return concatenate(parts), load(args.val_split), load(args.test_split)
-    if len(args.val_per_class) != len(parts):
-        raise UserError(f'--val-per-class wants {len(parts)} numbers for --train-split {args.train_split}, '
-                        f'not {len(args.val_per_class)}')
-    divided = [hold_out(part, per_class) for part, per_class in zip(parts, args.val_per_class, strict=True)]
-    return concatenate([train for train, _ in divided]), concatenate([val for _, val in divided]), load(args.test_split)
-
-
-def check_sizes(args: Any, parts: dict[str, ImageSet]) -> None:
-    """All parts must have the classes and the image size that the network is built for."""
-    classes, size = len(parts['train'].class_names), parts['train'].images.shape[2:]
-    check_classes(args, classes)
-    for name, part in parts.items():
-        if part.images.shape[2:] != size or len(part.class_names) != classes:
-            raise UserError(f'{name} images are {tuple(part.images.shape[2:])} in {len(part.class_names)} classes, '
-                            f'those of training {tuple(size)} in {classes}; resize with --img-size')
 
 
 def build_model(args: Any, num_classes: int) -> Any:
@@ -118,6 +88,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scheduler: Any
     batches: dict[str, Batches]
+    class_names: list[str]
     folder: RunFolder
 
 
@@ -139,7 +110,7 @@ def header(job: Run) -> str:
     dtype = 'bf16' if args.amp else 'fp32'
     layout = ', channels_last' if args.channels_last else ''
     compiled = f' (compiled {args.compile})' if args.compile else ''
-    sizes = '/'.join(str(len(batches.data)) for batches in job.batches.values())
+    sizes = '/'.join(str(batches.images) for batches in job.batches.values())
     gates = timm_sd.depth_gates(job.model)
     rate = last_rate(job)
     depth = 'constant depth' if rate == 0 else f"p_L {1 - rate:g}, timm's DropPath" if gates is None else (
@@ -174,7 +145,7 @@ def train(job: Run) -> dict[str, Any]:
         folder.remove_after(state['epoch'])
     model, optimizer = accelerator.prepare(job.model, job.optimizer)
 
-    with tqdm(total=args.epochs * len(batches.data), initial=state['epoch'] * len(batches.data), unit=' images',
+    with tqdm(total=args.epochs * batches.images, initial=state['epoch'] * batches.images, unit=' images',
               mininterval=1. if sys.stderr.isatty() else 60., disable=not accelerator.is_main_process) as bar:
         for epoch in range(state['epoch'], args.epochs):
             bar.set_description(f'epoch {epoch + 1}/{args.epochs}', refresh=False)
@@ -191,7 +162,8 @@ def train(job: Run) -> dict[str, Any]:
             scheduler.step(epoch + 1)
             state['rows'].append(dict(epoch=epoch, train_loss=train_loss, eval_loss=val['loss'],
                                       eval_top1=val['top1'], eval_top5=val['top5'], lr=lr, train_seconds=seconds))
-            better = val['top1'] > state['best_top1']
+            # validation images that are the test's select nothing: the last epoch counts
+            better = val['top1'] > state['best_top1'] or args.val_split == args.test_split
             state.update(epoch=epoch + 1, **(dict(best_epoch=epoch, best_top1=val['top1']) if better else {}))
             if accelerator.is_main_process:
                 if better:
@@ -201,7 +173,7 @@ def train(job: Run) -> dict[str, Any]:
                     rng=torch.get_rng_state()), args.checkpoint_hist)
                 folder.write_summary(state['rows'])
                 bar.write(f'epoch {epoch + 1:3d}: train_loss {train_loss:.4f}, eval_loss {val["loss"]:.4f}, '
-                          f'eval_top1 {val["top1"]:.2f}, lr {lr:.4g}, {len(batches.data) / seconds:.0f} images/s',
+                          f'eval_top1 {val["top1"]:.2f}, lr {lr:.4g}, {batches.images / seconds:.0f} images/s',
                           file=sys.stderr)
     return state
 
@@ -217,7 +189,7 @@ def test(job: Run, weights: dict[str, torch.Tensor]) -> dict[str, float]:
 def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Tests the best and the last epoch's weights, and writes results.json, model.safetensors and curves.png."""
     args, folder, gates, rows = job.args, job.folder, timm_sd.depth_gates(job.model), state['rows']
-    images = {name: len(batches.data) for name, batches in job.batches.items()}
+    images = {name: batches.images for name, batches in job.batches.items()}
     last = test(job, job.model.state_dict())
     weights = safetensors.torch.load_file(folder.best_weights(state['best_epoch']))
     best = test(job, weights)
@@ -225,9 +197,10 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     origin = dict(
         model=args.model, recipe=Path(args.config).stem, changed_from_recipe=changed_from_recipe(vars(args)),
         seed=args.seed, epochs=args.epochs, dataset=args.dataset, images=images,
-        held_out='validation split' if args.val_split else f'{args.val_per_class} of each class')
+        held_out='nothing: the last epoch counts' if args.val_split == args.test_split else
+                 'validation split' if args.val_split else f'{args.val_per_class} of each class')
     results = dict(
-        origin, label_names=job.batches['train'].data.class_names,
+        origin, label_names=job.class_names,
         param_count=sum(p.numel() for p in job.model.parameters()),
         drop_path_rate=last_rate(job),
         expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
@@ -275,21 +248,17 @@ def main() -> None:
     args.amp = default_amp(device.type) if args.amp is None else args.amp
     args.global_batch_size = args.batch_size * accelerator.num_processes
     torch.manual_seed(args.seed)
-    train_set, val_set, test_set = load_data(args, accelerator.is_main_process and sys.stderr.isatty())
-    parts = dict(train=train_set, val=val_set, test=test_set)
-    check_sizes(args, parts)
-    model = build_model(args, len(train_set.class_names)).to(device)
-    check_image_size(args, model.pretrained_cfg, train_set.images.shape[2:])
+    parts = load_parts(args, accelerator.is_main_process and sys.stderr.isatty())
+    class_names = parts['train'].class_names
+    model = build_model(args, len(class_names)).to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    augmentation = dict(train=True, crop_padding=args.crop_padding, hflip=args.hflip, seed=args.seed)
-    batches = {name: Batches(part.to(device), args.batch_size, *mean_and_std(args, model.pretrained_cfg),
-                             rank=accelerator.process_index, world_size=accelerator.num_processes,
-                             **(augmentation if name == 'train' else {})) for name, part in parts.items()}
+    batches = {name: make_batches(args, part, model.pretrained_cfg, accelerator, train=name == 'train')
+               for name, part in parts.items()}
     optimizer, scheduler = build_optimizer(args, model, len(batches['train']))
 
-    folder = open_folder(args, accelerator, f'{args.model}-{train_set.images.shape[-1]}')
-    job = Run(args, accelerator, autocast(device, args.amp), model, optimizer, scheduler, batches, folder)
+    folder = open_folder(args, accelerator, f'{args.model}-{args.img_size or model.pretrained_cfg["input_size"][-1]}')
+    job = Run(args, accelerator, autocast(device, args.amp), model, optimizer, scheduler, batches, class_names, folder)
     results = folder.read_results()
     if results is None:
         if accelerator.is_main_process:

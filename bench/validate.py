@@ -17,16 +17,14 @@ from accelerate import Accelerator
 from config import (
     UserError,
     check_classes,
-    check_image_size,
     check_model_name,
-    mean_and_std,
     parse,
     run,
     user_errors,
     validate_parser,
 )
-from data import Batches, load_image_set
 from engine import autocast, evaluate
+from parts import load_part, make_batches
 from run_folder import write_atomic
 
 
@@ -71,23 +69,20 @@ def main() -> None:
     if args.results_file and not Path(args.results_file).parent.is_dir():
         raise UserError(f'--results-file {args.results_file}: there is no such folder')
     accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')
-    data = load_image_set(args.data_dir or args.dataset, args.split, args.dataset_config, args.input_key,
-                          args.target_key, args.img_size, args.streaming,
-                          accelerator.is_main_process and sys.stderr.isatty())
-    check_classes(args, len(data.class_names))
-    model = load_model(args, len(data.class_names)).to(accelerator.device)
+    part = load_part(args, args.split, accelerator.is_main_process and sys.stderr.isatty())
+    check_classes(args, len(part.class_names))
+    model = load_model(args, len(part.class_names)).to(accelerator.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    size = data.images.shape[2:]
-    check_image_size(args, model.pretrained_cfg, (size[0], size[1]))
-    batches = Batches(data.to(accelerator.device), args.batch_size, *mean_and_std(args, model.pretrained_cfg),
-                      rank=accelerator.process_index, world_size=accelerator.num_processes)
+    cfg = model.pretrained_cfg
+    batches = make_batches(args, part, cfg, accelerator)
     metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, args.amp))
     row = dict(
         model=args.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
         top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
-        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2), img_size=size[0],
-        crop_pct=1.0, interpolation='none' if args.img_size is None else 'bilinear')
+        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        img_size=args.img_size or cfg['input_size'][-1], crop_pct=1.0 if args.in_memory else cfg['crop_pct'],
+        interpolation=cfg['interpolation'] if not args.in_memory else 'bilinear' if args.img_size else 'none')
     if accelerator.is_main_process:
         if args.results_file:
             text = io.StringIO()

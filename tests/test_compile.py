@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_train import SMALL, assert_same_run, bench
 from torch._dynamo.utils import counters
 
 import timm_sd
+from test_train import SMALL, assert_same_run, bench
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
                                     reason='torch.compile on a CPU needs a C++ compiler')

@@ -11,13 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, debug_launcher
-from test_stochastic_depth import CountOps, force
 from timm.layers import DropPath
 from timm.models import get_model_input_config
 from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_sd
+from test_stochastic_depth import CountOps, force
 from timm_sd.convert import residual_blocks
 from timm_sd.stochastic_depth import GatedBlock
 

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from config import UserError
-from data import Batches, ImageSet, hold_out, load_image_set, random_crop_flip
+from data import open_split
+from in_memory import ImageSet, MemoryBatches, load_image_set, random_crop_flip
+from parts import hold_out
 
 
 def image_set(n=20, size=8, classes=2):
@@ -28,7 +30,7 @@ def write_parquet(folder, n=6, size=8, labels=('label',), odd_one=None):
 
 
 def test_decodes_losslessly_and_finds_columns(tmp_path):
-    data = load_image_set(write_parquet(tmp_path), 'train')
+    data = load_image_set(open_split(write_parquet(tmp_path), 'train'))
     assert data.images.dtype == torch.uint8
     assert data.images.shape == (6, 3, 8, 8)
     assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
@@ -37,7 +39,7 @@ def test_decodes_losslessly_and_finds_columns(tmp_path):
 
 
 def test_resizes_when_told(tmp_path):
-    assert load_image_set(write_parquet(tmp_path, odd_one=(5, 7)), 'train', img_size=16).images.shape[2:] == (16, 16)
+    assert load_image_set(open_split(write_parquet(tmp_path, odd_one=(5, 7)), 'train'), 16).images.shape[2:] == (16, 16)
 
 
 @pytest.mark.parametrize(('make', 'kwargs', 'words'), [
@@ -50,19 +52,19 @@ def test_resizes_when_told(tmp_path):
 def test_bad_data_is_named(tmp_path, make, kwargs, words):
     folder = write_parquet(tmp_path, **make)
     with pytest.raises(UserError) as error:
-        load_image_set(folder, **{'split': 'train', **kwargs})
+        load_image_set(open_split(folder, **{'split': 'train', **kwargs}))
     assert all(word in str(error.value) for word in words)
     assert '\n' not in str(error.value)
 
 
 def test_two_label_columns_work_with_a_key(tmp_path):
     folder = write_parquet(tmp_path, labels=('fine', 'coarse'))
-    assert len(load_image_set(folder, 'train', target_key='fine')) == 6
+    assert len(open_split(folder, 'train', target_key='fine').rows) == 6
 
 
 def test_missing_folder():
     with pytest.raises(UserError, match='./nowhere'):
-        load_image_set('./nowhere', 'train')
+        open_split('./nowhere', 'train')
 
 
 def test_hold_out_is_stratified_and_always_the_same():
@@ -104,7 +106,7 @@ def test_shifts_are_uniform_and_half_are_flipped():
 
 def test_normalised_to_the_given_mean_and_std():
     data = image_set()
-    x, target, size = next(iter(Batches(data, 20, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))))
+    x, target, size = next(iter(MemoryBatches(data, 20, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))))
     expected = (data.images.double() / 255 - torch.tensor([0.5, 0.4, 0.3]).double().view(3, 1, 1)) / \
         torch.tensor([0.2, 0.3, 0.4]).double().view(3, 1, 1)
     torch.testing.assert_close(x.double(), expected, rtol=1e-5, atol=1e-5)
@@ -114,12 +116,12 @@ def test_normalised_to_the_given_mean_and_std():
 
 def test_every_image_once_an_epoch_in_an_order_of_seed_and_epoch():
     def epoch(number, seed=0):
-        batches = Batches(image_set(20), 6, (0.,) * 3, (1.,) * 3, train=True, crop_padding=1, seed=seed)
+        batches = MemoryBatches(image_set(20), 6, (0.,) * 3, (1.,) * 3, train=True, crop_padding=1, seed=seed)
         batches.set_epoch(number)
         assert len(batches) == 4
         return torch.cat([x for x, _, _ in batches])
 
-    plain = Batches(image_set(20), 6, (0.,) * 3, (1.,) * 3, train=True)
+    plain = MemoryBatches(image_set(20), 6, (0.,) * 3, (1.,) * 3, train=True)
     pixels = torch.cat([x for x, _, _ in plain]).mul(255).round().flatten(1)
     assert sorted(map(tuple, pixels.tolist())) == sorted(map(tuple, image_set(20).images.flatten(1).tolist()))
     assert torch.equal(epoch(3), epoch(3))
@@ -129,8 +131,8 @@ def test_every_image_once_an_epoch_in_an_order_of_seed_and_epoch():
 
 def test_two_ranks_see_the_samples_of_one():
     def batches(rank, world_size):
-        return list(Batches(image_set(19), 6 // world_size, (0.,) * 3, (1.,) * 3, train=True, crop_padding=2, hflip=0.5,
-                            rank=rank, world_size=world_size))
+        return list(MemoryBatches(image_set(19), 6 // world_size, (0.,) * 3, (1.,) * 3, train=True, crop_padding=2,
+                                  hflip=0.5, rank=rank, world_size=world_size))
 
     for whole, first, second in zip(batches(0, 1), batches(0, 2), batches(1, 2), strict=True):
         assert torch.equal(whole[0][0::2], first[0])

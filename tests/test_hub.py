@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
 from hub_server import Hub
 
 ROOT = Path(__file__).parent.parent

@@ -22,8 +22,8 @@ import timm_sd
 
 BENCH = Path(__file__).parent.parent / 'bench'
 sys.path.insert(0, str(BENCH))
-from data import Batches, ImageSet  # noqa: E402
 from engine import autocast, train_epoch  # noqa: E402
+from in_memory import ImageSet, MemoryBatches  # noqa: E402
 
 # --- What the two ranks do. Assertions fail there, and debug_launcher passes a failure on.
 
@@ -87,7 +87,7 @@ def update_as_one_process(grad_accum_steps):
     model, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), 0.05, 0.9))
     reductions = []
     model.register_comm_hook(None, lambda _, bucket: reductions.append(bucket.index()) or allreduce_hook(None, bucket))
-    batches = Batches(data, 4, rank=accelerator.process_index, world_size=2, **augmentation)
+    batches = MemoryBatches(data, 4, rank=accelerator.process_index, world_size=2, **augmentation)
     scheduler, _ = create_scheduler_v2(optimizer, 'constant', 1, updates_per_epoch=len(batches))
     loss = train_epoch(model, batches, optimizer, scheduler, accelerator, autocast(accelerator.device, False), 0,
                        tqdm(disable=True), grad_accum_steps=grad_accum_steps)
@@ -95,7 +95,7 @@ def update_as_one_process(grad_accum_steps):
 
     optimizer = torch.optim.SGD(twin.parameters(), 0.05, 0.9)
     losses, expected = [], 0.
-    for step, (x, target, _) in enumerate(Batches(data, 8, **augmentation)):
+    for step, (x, target, _) in enumerate(MemoryBatches(data, 8, **augmentation)):
         losses.append(F.cross_entropy(twin(x), target, reduction='none'))
         if (step + 1) % grad_accum_steps == 0 or step == 4:
             images = torch.cat(losses)

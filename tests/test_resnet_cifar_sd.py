@@ -1,10 +1,10 @@
 """The 6N+2 networks: the paper's figures, equality with the naive reference, a golden training run."""
 import pytest
-import reference
 import timm
 import torch
 import torch.nn.functional as F
 
+import reference
 import timm_sd
 
 DEPTHS = (20, 32, 38, 44, 56, 74, 92, 110, 152, 1202)

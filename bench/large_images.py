@@ -1,0 +1,119 @@
+"""The data path for large images: read, decoded and augmented one by one in worker processes, by timm's transforms.
+
+Order and augmentation of an epoch follow from (seed, epoch), and the augmentation from the number of workers too.
+"""
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
+from typing import Any
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from batches import Batches
+from config import UserError
+from data import Split, decode
+
+SHUFFLE_BUFFER = 1000  # encoded images that a stream is shuffled among, in each worker
+
+
+@dataclass
+class ImageRows:
+    """A split whose images stay where they are; labels (N,) int64, None of a stream."""
+    split: Split
+    labels: torch.Tensor | None
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.split.class_names
+
+    def __len__(self) -> int:
+        return self.split.images or 0
+
+    def __getitem__(self, mask: torch.Tensor) -> 'ImageRows':
+        assert self.labels is not None
+        rows = self.split.rows.select(mask.nonzero()[:, 0].numpy())
+        return replace(self, split=self.split._replace(rows=rows, images=len(rows)), labels=self.labels[mask])
+
+
+def load_image_rows(split: Split) -> ImageRows:
+    """Reads the labels of a split, if it isn't a stream.
+
+    Raises:
+        UserError: If the number of its images is unknown.
+    """
+    if not split.images:
+        raise UserError(f'{split.where} does not tell how many images it holds; leave out --streaming')
+    is_stream = isinstance(split.rows, datasets.IterableDataset)
+    return ImageRows(split, None if is_stream else torch.tensor(split.rows['label'][:]))
+
+
+@dataclass
+class _Collate:
+    """Rows of a `Split` to images (B, C, H, W) and labels (B,), in the worker."""
+    transform: Callable[[Image.Image], torch.Tensor]
+    where: str
+
+    def __call__(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [self.transform(decode(row['image'], f'{self.where}: {row["image"]["path"]}')) for row in rows]
+        return torch.stack(images), torch.tensor([row['label'] for row in rows])
+
+
+class LoaderBatches(Batches):
+    """Batches of images that workers read; in training the last and partial one is left out, as by timm's loader.
+
+    Args:
+        data: The images.
+        batch_size: Images a rank and step.
+        transform: From a picture to a normalised image (C, H, W), timm's.
+        device: Where the batches go.
+        workers: Processes that read.
+        train: Shuffle; otherwise the order of the data.
+        **kwargs: seed, rank and world_size, see `Batches`.
+    """
+
+    def __init__(
+            self,
+            data: ImageRows,
+            batch_size: int,
+            transform: Callable[[Image.Image], torch.Tensor],
+            device: torch.device,
+            workers: int,
+            train: bool = False,
+            **kwargs: Any,
+    ) -> None:
+        super().__init__(len(data), batch_size, train, drop_last=train, **kwargs)
+        if not self.images:
+            raise UserError(f'{data.split.where} holds {self.total} images, less than a batch of '
+                            f'{self.global_batch_size}; lower --batch-size')
+        self.data, self.batch_size, self.device = data, batch_size, device
+        self.options: dict[str, Any] = dict(
+            num_workers=workers, collate_fn=_Collate(transform, data.split.where))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        generator = self.generator()
+        batches = self._stream(generator) if self.data.labels is None else self._chosen(generator)
+        try:
+            for x, target in batches:
+                yield x.to(self.device), target.to(self.device), len(target) * self.world_size
+        except Exception as error:  # of a worker: the message is a traceback
+            _, ours, said = str(error).strip().splitlines()[-1].rpartition('UserError: ')
+            raise UserError(said if ours else f'{self.data.split.where} can not be read: {said}') from error
+
+    def _chosen(self, generator: torch.Generator) -> DataLoader:
+        """Each batch by the numbers of its images."""
+        shares = [share.tolist() for share, _ in self.shares(self.order(generator)) if len(share)]
+        return DataLoader(self.data.split.rows, batch_sampler=shares, generator=generator, **self.options)
+
+    def _stream(self, generator: torch.Generator) -> Iterator[Any]:
+        """The images as they come. A rank whose files hold fewer starts over: all ranks take as many steps."""
+        rows = self.data.split.rows
+        if self.train:
+            rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
+            rows.set_epoch(self.epoch)
+        loader = DataLoader(split_dataset_by_node(rows, self.rank, self.world_size), batch_size=self.batch_size,
+                            drop_last=self.train, generator=generator, **self.options)
+        return islice(chain.from_iterable(repeat(loader)), len(self)) if self.train else iter(loader)
