@@ -6,6 +6,8 @@ import subprocess
 import sys
 import warnings
 
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -47,6 +49,7 @@ KINDS = {
     'mobilenetv3_small_050': ({}, 7, 0),
     'coatnet_pico_rw_224': ({}, 12, 0),
     'fastvit_t8': ({}, 10, 0),
+    'swiftformer_xs': (dict(layers=(2, 1, 1, 1)), 5, 4),
 }
 
 
@@ -284,6 +287,19 @@ def test_exports_are_those_of_the_plain_network(name):
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
 
 
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext'])
+def test_onnx_holds_the_plain_network(name, tmp_path):
+    plain, model = network(name).eval(), added(name).eval()
+    x = images(plain)
+    torch.onnx.export(model, (x,), tmp_path / 'model.onnx', verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), plain(x), rtol=1e-3, atol=1e-4)
+    torch.onnx.export(plain, (x,), tmp_path / 'plain.onnx', verbose=False)
+    kinds = [[node.op_type for node in onnx.load(tmp_path / file).graph.node] for file in ('model.onnx', 'plain.onnx')]
+    assert kinds[0] == kinds[1]
+
+
 def stay_equal():
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
@@ -321,7 +337,7 @@ class Twice(nn.Module):
     (network, dict(drop_path_rate=0.5, mode='subset', scale='eval'), 'eval'),
     (added, dict(drop_path_rate=0.5), 'already'),
     (Twice, dict(drop_path_rate=0.5), 'layer1.0 runs twice'),
-    (lambda: timm.create_model('vgg11', num_classes=10), dict(drop_path_rate=0.5), 'no residual blocks'),
+    (lambda: timm.create_model('vgg11', num_classes=10), dict(drop_path_rate=0.5), 'no residual block'),
     (lambda: network('nf_regnet_b0'), dict(drop_path_rate=0.5, scale='eval'), 'nothing that can absorb'),
 ])
 def test_mistakes_are_named_and_change_nothing(make, kwargs, words):

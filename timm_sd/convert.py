@@ -130,10 +130,12 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         used = {slot: probe for slot, probe in probes[block].items() if probe.seen is not None}
         if not used:
             return  # a block without a shortcut, such as EfficientNet's where the shape changes
-        if any(block is residual.block for residual in found) or block in stay_open:
+        before = [*stay_open, *(residual.block for residual in found)]
+        if block in before:
             raise ValueError(f'{names[block]} runs twice in one forward pass; a block has one gate')
         x = inputs.pop(block)
-        if x is None:  # several tensors, as CrossViT's blocks take
+        # several tensors, as CrossViT's blocks take, or a block around another one, as SwiftFormer's
+        if x is None or any(module in before for module in block.modules()):
             stay_open.append(block)
             return
         args = (x, *args[1:])
@@ -228,8 +230,7 @@ def add_stochastic_depth(
         raise ValueError(f'{name} has stochastic depth already; call remove_stochastic_depth(model) first')
     residuals, stay_open = residual_blocks(model, scale)
     if not residuals:
-        raise ValueError(f'{name} has no residual blocks with a drop_path that could be closed, so it has no '
-                         'stochastic depth')
+        raise ValueError(f'{name} has no residual block with a drop_path that could be closed')
     if stay_open:
         warnings.warn(f'{name}: {stay_open} of {len(residuals) + stay_open} residual blocks change more than they add '
                       'to, and stay open', stacklevel=2)

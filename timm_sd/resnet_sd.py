@@ -7,6 +7,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
 
 from .hub import local_weights
 from .stochastic_depth import Residual, gate_blocks
@@ -16,8 +17,9 @@ __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; regi
 
 def _residual(block: Any) -> Residual:
     last_act, last_norm = ('act2', block.bn2) if isinstance(block, BasicBlock) else ('act3', block.bn3)
-    # a projection is followed by the block's last activation; what comes in through the identity is non-negative
-    path = () if block.downsample is None else ('downsample', last_act)
+    # the block's last activation follows the shortcut too; a ReLU changes nothing where the block before it ended in one
+    act = () if block.downsample is None and isinstance(getattr(block, last_act), nn.ReLU) else (last_act,)
+    path = act if block.downsample is None else ('downsample', *act)
     return Residual(block, ('drop_path',), path, (last_norm,))
 
 
