@@ -139,9 +139,9 @@ class Contestant:
 
 
 class Timings(NamedTuple):
-    """Seconds a step of every round, by name; the gates of all steps, by name; what a block of each stage costs."""
+    """By name and round: seconds a step, and the gates of each step; and what each block costs in seconds."""
     seconds: dict[str, list[float]]
-    draws: dict[str, list[list[bool]]]
+    draws: dict[str, list[list[list[bool]]]]
     block_seconds: list[float]
 
 
@@ -172,7 +172,7 @@ def time_in_turns(model: str, entries: list[Entry], args: argparse.Namespace) ->
         saved = [full - short for full, short in zip(seconds['constant'], seconds.pop(stage), strict=True)]
         blocks = len(getattr(contestants['constant'].model, stage))
         block_seconds += [statistics.median(saved) / max(1, blocks - 1)] * blocks
-    draws = {name: [draw for round_ in range(args.rounds) for draw in contestant.draws(round_)]
+    draws = {name: [contestant.draws(round_) for round_ in range(args.rounds)]
              for name, contestant in contestants.items()}
     return Timings(seconds, draws, block_seconds)
 

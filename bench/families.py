@@ -1,4 +1,26 @@
-"""Tries add_stochastic_depth on the smallest network of each of timm's modules that isn't one for its tests. Blocks that change more than they add to, such as a
+"""Tries add_stochastic_depth on the smallest network of each of timm's families: python bench/families.py
+
+Writes FAMILIES.md beside itself: which families work, which partly, and which not, with the reason.
+"""
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_sd
+from config import Parser, UserError, nearest, parse, run
+from run_folder import write_atomic
+from timm_sd.convert import residual_blocks
+
+TABLE = Path(__file__).parent / 'FAMILIES.md'
+HEAD = """# Stochastic depth on timm's families
+
+Written by `python bench/families.py` with timm {version}: `timm_sd.add_stochastic_depth(model, 0.5)` on the smallest
+network of each of timm's modules that isn't one for its tests. Blocks that change more than they add to, such as a
 stage's first or one with a mixer beside its residual branch, stay open. "Evaluation" says whether its output stayed the
 same bit for bit, and "step" whether a training step with all blocks closed gave a gradient to every parameter that has
 one with all open.

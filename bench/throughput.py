@@ -45,7 +45,6 @@ def measure(model: str, entries: list[Entry], args: argparse.Namespace) -> list[
     """Times the entries on one network and probes their memory; a row for each, and one for the whole loop."""
     timings = time_in_turns(model, entries, args)
     constant = timings.seconds[Entry('constant', 0.).name]
-    base = statistics.median(constant)
     rows = []
     for name, seconds in timings.seconds.items():
         entry = next((entry for entry in entries if entry.name == name), None)
@@ -57,16 +56,24 @@ def measure(model: str, entries: list[Entry], args: argparse.Namespace) -> list[
             row['images_to_bare'] = spread([other / own for other, own in zip(bare, seconds, strict=True)])
         if entry is not None and args.memory:
             row['peak_mib'] = peak_memory(model, entry, args)
-        draws = timings.draws.get(name)
-        if entry is not None and entry.mode == 'batch' and not entry.compiled and draws:
-            row['blocks_open'] = round(statistics.mean(sum(draw) for draw in draws) / len(draws[0]), 4)
-            if timings.block_seconds:
-                savable = statistics.mean(sum(cost for cost, is_open in zip(timings.block_seconds, draw, strict=True)
-                                              if not is_open) for draw in draws) / base
-                row['limit'] = round(1 - savable, 4)
-                row['share_of_saving'] = round((1 - row['ratio']['median']) / savable, 4)
+        if entry is not None and entry.mode == 'batch' and not entry.compiled:
+            row.update(saving(timings.draws[name], timings.block_seconds, seconds, constant))
         rows.append(row)
     return rows
+
+
+def saving(draws: list[list[list[bool]]], block_seconds: list[float], seconds: list[float],
+           constant: list[float]) -> dict[str, Any]:
+    """What the gates of each round let one save, and the share of it that was saved in that same round."""
+    steps = [draw for of_round in draws for draw in of_round]
+    found: dict[str, Any] = dict(blocks_open=round(statistics.mean(sum(draw) / len(draw) for draw in steps), 4))
+    if block_seconds:
+        savable = [statistics.mean(sum(cost for cost, is_open in zip(block_seconds, draw, strict=True) if not is_open)
+                                   for draw in of_round) for of_round in draws]
+        found['limit'] = round(1 - statistics.mean(savable) / statistics.median(constant), 4)
+        found['share_of_saving'] = spread([(full - own) / most for full, own, most
+                                           in zip(constant, seconds, savable, strict=True)])
+    return found
 
 
 def end_to_end(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -97,10 +104,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print(f'{"network":20}{"":32}{"batch":>6}{"s/step":>9}{"images/s":>10}{"ratio":>8}   {"quartiles":16}{"limit":>7}'
           f'{"share":>7}{"MiB":>8}')
     for row in rows:
-        ratio = row['ratio']
+        ratio, share = row['ratio'], row.get('share_of_saving', {}).get('median', '')
         print(f'{row["model"]:20}{row["name"]:32}{row["batch_size"]:6}{row["step_seconds"]["median"]:9.4f}'
               f'{row["images_per_second"]:10.1f}{ratio["median"]:8.3f}   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}  '
-              f'{row.get("limit", ""):>7}{row.get("share_of_saving", ""):>7}{row.get("peak_mib", ""):>8}')
+              f'{row.get("limit", ""):>7}{share:>7}{row.get("peak_mib", ""):>8}')
 
 
 def print_profile(model: str, entry: Entry, args: argparse.Namespace) -> None:
