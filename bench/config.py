@@ -92,7 +92,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message}; --help lists the flags')
 
 
-def _recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a name or YAML file: flags and their values.
+
+    Raises:
+        UserError: If there is none, or it is no mapping.
+    """
     path = Path(name) if name.endswith(('.yaml', '.yml')) else RECIPES / f'{name}.yaml'
     if not path.is_file():
         recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
@@ -234,6 +239,9 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--require-processes', type=count, metavar='N', help='fail unless N processes train together')
     group.add_argument('--threads', type=count, help='CPU threads a process (default: cores / processes)')
     group.add_argument('--checkpoint-hist', type=count, default=2, help='checkpoints to keep')
+    group.add_argument('--eval-interval', type=count, metavar='STEPS', help='validate within the epochs too')
+    group.add_argument('--log-gradients', action=argparse.BooleanOptionalAction, default=False,
+                       help="mean absolute gradient of the first block's first layer, by epoch, into summary.csv")
     group.add_argument('--log-interval', type=count, default=20, help='steps between updates of the progress bar')
     return parser
 
@@ -250,18 +258,18 @@ def validate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _tokens(recipe: dict[str, Any]) -> list[str]:
+def tokens(recipe: dict[str, Any]) -> list[str]:
     """A recipe as a command line, so that its values are checked as the user's are."""
-    tokens = []
+    line = []
     for key, value in recipe.items():
         flag = f'--{key.replace("_", "-")}'
         if isinstance(value, bool):
-            tokens.append(flag if value else f'--no-{flag[2:]}')
+            line.append(flag if value else f'--no-{flag[2:]}')
         elif isinstance(value, dict):
-            tokens += [flag, *(f'{name}={entry}' for name, entry in value.items())]
+            line += [flag, *(f'{name}={entry}' for name, entry in value.items())]
         elif value is not None:
-            tokens += [flag, *(str(entry) for entry in (value if isinstance(value, list) else [value]))]
-    return tokens
+            line += [flag, *(str(entry) for entry in (value if isinstance(value, list) else [value]))]
+    return line
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -274,16 +282,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     args = parser.parse_args(argv)
     if 'config' not in args:
         return args
-    recipe = _recipe(args.config)
+    recipe = read_recipe(args.config)
     for key in recipe:
         if key == 'config' or key not in args:
             raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(key, vars(args))}')
-    return parser.parse_args([*_tokens(recipe), *argv])
+    return parser.parse_args([*tokens(recipe), *argv])
 
 
 def changed_from_recipe(args: dict[str, Any]) -> dict[str, Any]:
     """The flags that say something else than the recipe they were parsed over."""
-    return {key: args[key] for key, value in _recipe(args['config']).items() if args[key] != value}
+    return {key: args[key] for key, value in read_recipe(args['config']).items() if args[key] != value}
 
 
 def default_amp(device_type: str) -> bool:

@@ -32,6 +32,7 @@ def train_epoch(
         smoothing: float = 0.,
         grad_accum_steps: int = 1,
         log_interval: int = 20,
+        before_update: Callable[[int], None] | None = None,
 ) -> float:
     """Trains one epoch.
 
@@ -47,6 +48,7 @@ def train_epoch(
         smoothing: Label smoothing.
         grad_accum_steps: Batches an update; each has gates of its own, and the ranks speak once an update.
         log_interval: Steps between updates of the progress bar, each of which waits for the device once.
+        before_update: Called with the step, from 0, when the gradients of an update are there.
 
     Returns:
         The mean training loss of this epoch over all processes.
@@ -62,6 +64,8 @@ def train_epoch(
             # DDP averages over the ranks, whose shares of the last batch may differ: divide by all images here.
             accelerator.backward(loss * (accelerator.num_processes / batches.images_of_update(step, grad_accum_steps)))
         if is_update:
+            if before_update is not None:
+                before_update(step)
             optimizer.step()
             optimizer.zero_grad()
         scheduler.step_update(epoch * len(batches) + step + 1)
@@ -70,8 +74,6 @@ def train_epoch(
         if (step + 1) % log_interval == 0:
             bar.set_postfix(loss=f'{loss_sum.item() / images:.4f}', refresh=False)
         bar.update(size)
-    if accelerator.num_processes > 1:  # each rank has batch norm statistics of its own since the last forward pass
-        broadcast(list(model.buffers()))
     return accelerator.reduce(loss_sum).item() / batches.images
 
 
@@ -82,6 +84,8 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
     Returns:
         `loss`, and `top1` and `top5` in percent.
     """
+    if accelerator.num_processes > 1:  # in training each rank has batch norm statistics of its own
+        broadcast(list(model.buffers()))
     model.eval()
     total = torch.zeros(3, device=accelerator.device)  # sum of losses, top-1 hits, top-5 hits
     for x, target, _ in batches:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from timm.models import save_for_hf
 
+import paper
 import timm_sd
 from config import Parser, UserError, check_model_name, parse, run
 from figures import save_gates
@@ -31,17 +32,6 @@ RESULTS = Path(__file__).parent / 'results'
 PRETRAINED = Path(timm_sd.__file__).parent / 'pretrained'
 
 DATASETS = dict(c10='uoft-cs/cifar10', c100='uoft-cs/cifar100', svhn='ufldl-stanford/svhn')
-
-# test error in percent, the paper's full budget and selection as here
-PAPER = {
-    'sd_resnet110_cifar.c10': '5.25 at p_L = 0.5 and 6.41 at constant depth (Table 1)',
-    'sd_resnet110_cifar.c100': '24.98 at p_L = 0.5 and 27.76 at constant depth (Table 1)',
-    'sd_resnet56_cifar.c10': '5.84 at p_L = 0.9 and 6.27 at constant depth (Fig. 8)',
-    'sd_resnet20_cifar.c10': '7.60 at p_L = 0.9 and 8.31 at constant depth (Fig. 8)',
-    'sd_resnet152_cifar.svhn': '1.75 at p_L = 0.5 and 1.80 at constant depth (Table 1)',
-}
-# epochs of the paper's recipes
-PAPER_EPOCHS = dict(cifar10=500, cifar10_short=500, cifar100=500, svhn=50, cifar10_1202=300)
 
 
 def architecture(model: str) -> str:
@@ -99,7 +89,7 @@ def make_card(folder: Path, repo: str | None = None) -> str:
     card = ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
         dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size,
-        paper=PAPER.get(name), paper_epochs=PAPER_EPOCHS.get(results['recipe']),
+        paper=paper.error_of(name), paper_epochs=paper.EPOCHS.get(results['recipe']),
         saving=measured_saving(name, results['drop_path_rate']),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
         width=timm.create_model(architecture(name)).num_features)

@@ -5,6 +5,7 @@
     checkpoints/         what --resume goes on from      curves.png
 """
 import csv
+import fcntl
 import io
 import json
 import os
@@ -72,6 +73,19 @@ class RunFolder:
                             'choose another with --output') from error
         if not (self.path / 'args.yaml').exists():
             write_atomic(self.path / 'args.yaml', yaml.safe_dump(args).encode())
+
+    def lock(self) -> None:
+        """Keeps other processes from training here until this one ends, however it ends.
+
+        Raises:
+            UserError: If another one does already.
+        """
+        file = os.open(self.checkpoints / '.lock', os.O_RDWR | os.O_CREAT)  # never closed: that would unlock it
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f'{self.path} is being trained by another process; wait for it, or choose '
+                            'another --experiment') from error
 
     def read_args(self) -> dict[str, Any] | None:
         """args.yaml, or None if there is none that can be read."""

@@ -39,6 +39,7 @@ from engine import Autocast, autocast, evaluate, train_epoch
 from figures import save_curves
 from parts import load_parts, make_batches
 from run_folder import RunFolder, find_run_folder, hardware, load_raw_state, raw_state, versions
+from timm_sd.convert import drop_path_slots
 
 
 def build_model(args: Any, num_classes: int) -> Any:
@@ -135,6 +136,15 @@ def restore(job: Run) -> dict[str, Any]:
     return state
 
 
+def first_branch_weight(model: nn.Module) -> nn.Parameter:
+    """The first convolution (or linear layer) of the first residual block, whose gradients the paper's Fig. 7 shows."""
+    blocks = (module for module in model.modules() if drop_path_slots(module))
+    weight = next((param for block in blocks for param in block.parameters() if param.ndim > 1), None)
+    if weight is None:
+        raise UserError(f'--log-gradients: {type(model).__name__} has no residual block with a drop_path')
+    return weight
+
+
 def train(job: Run) -> dict[str, Any]:
     """Trains all epochs that a checkpoint doesn't hold already; returns the rows of summary.csv and the best epoch."""
     args, accelerator, folder, scheduler = job.args, job.accelerator, job.folder, job.scheduler
@@ -144,6 +154,27 @@ def train(job: Run) -> dict[str, Any]:
     if accelerator.is_main_process:
         folder.remove_after(state['epoch'])
     model, optimizer = accelerator.prepare(job.model, job.optimizer)
+    watched = first_branch_weight(job.model) if args.log_gradients else None
+
+    magnitudes: list[torch.Tensor] = []  # of this epoch's gradients
+
+    def select() -> dict[str, float]:
+        """Evaluates on the validation images; keeps the weights if they are the best so far."""
+        epoch = state['epoch']
+        val = evaluate(job.model, job.batches['val'], accelerator, job.amp)
+        # validation images that are the test's select nothing: the last epoch counts
+        if val['top1'] > state['best_top1'] or args.val_split == args.test_split:
+            state.update(best_epoch=epoch, best_top1=val['top1'])
+            if accelerator.is_main_process:
+                folder.write_weights(folder.best_weights(epoch), job.model.state_dict(), dict(epoch=epoch))
+        return val
+
+    def before_update(step: int) -> None:
+        if watched is not None and watched.grad is not None:
+            magnitudes.append(watched.grad.abs().mean())
+        if args.eval_interval and step and step % args.eval_interval == 0:
+            select()
+            model.train()
 
     with tqdm(total=args.epochs * batches.images, initial=state['epoch'] * batches.images, unit=' images',
               mininterval=1. if sys.stderr.isatty() else 60., disable=not accelerator.is_main_process) as bar:
@@ -153,21 +184,21 @@ def train(job: Run) -> dict[str, Any]:
             if gates is not None:
                 gates.set_epoch(epoch)
             lr, start = optimizer.param_groups[0]['lr'], time.perf_counter()
+            magnitudes.clear()
             train_loss = train_epoch(model, batches, optimizer, scheduler, accelerator, job.amp, epoch, bar,
-                                     args.smoothing, args.grad_accum_steps, args.log_interval)
+                                     args.smoothing, args.grad_accum_steps, args.log_interval, before_update)
             seconds = time.perf_counter() - start
             if not math.isfinite(train_loss):
                 raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; lower --lr {args.lr}')
-            val = evaluate(job.model, job.batches['val'], accelerator, job.amp)
+            val = select()
             scheduler.step(epoch + 1)
-            state['rows'].append(dict(epoch=epoch, train_loss=train_loss, eval_loss=val['loss'],
-                                      eval_top1=val['top1'], eval_top5=val['top5'], lr=lr, train_seconds=seconds))
-            # validation images that are the test's select nothing: the last epoch counts
-            better = val['top1'] > state['best_top1'] or args.val_split == args.test_split
-            state.update(epoch=epoch + 1, **(dict(best_epoch=epoch, best_top1=val['top1']) if better else {}))
+            row = dict(epoch=epoch, train_loss=train_loss, eval_loss=val['loss'], eval_top1=val['top1'],
+                       eval_top5=val['top5'], lr=lr, train_seconds=seconds)
+            if magnitudes:
+                row['grad_magnitude'] = torch.stack(magnitudes).mean().item()
+            state['rows'].append(row)
+            state['epoch'] = epoch + 1
             if accelerator.is_main_process:
-                if better:
-                    folder.write_weights(folder.best_weights(epoch), job.model.state_dict(), dict(epoch=epoch))
                 folder.save_checkpoint(dict(
                     state, raw_model=raw_state(job.model), optimizer=optimizer.state_dict(),
                     rng=torch.get_rng_state()), args.checkpoint_hist)
@@ -225,6 +256,7 @@ def open_folder(args: Any, accelerator: Accelerator, name: str) -> RunFolder:
         try:
             found = [find_run_folder(vars(args), name)]
             found[0].create(vars(args))
+            found[0].lock()
         except UserError as error:
             found = [error]
     broadcast_object_list(found)

@@ -351,3 +351,23 @@ def learning_rates(recipe):
 ])
 def test_learning_rates_are_the_papers(recipe, expected):
     assert learning_rates(recipe) == expected
+
+
+def test_gradients_of_the_first_convolution_are_logged(tmp_path):
+    args = [*SMALL, '--epochs', '1', '--drop-path', '0', '--output', tmp_path, '--experiment']
+    result = bench('train.py', *args, 'a', '--log-gradients')
+    assert result.returncode == 0, result.stderr
+    assert bench('train.py', *args, 'b').returncode == 0
+    assert 0 < float(read_csv(tmp_path / 'a' / 'summary.csv')[0]['grad_magnitude']) < 0.1
+    ours, theirs = weights(tmp_path / 'a'), weights(tmp_path / 'b')
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)  # looking changes nothing
+
+
+def test_validation_within_an_epoch_selects(tmp_path):
+    args = [*SMALL, '--epochs', '1', '--output', tmp_path, '--experiment']
+    for name, more in (('a', []), ('b', ['--eval-interval', '4'])):
+        result = bench('train.py', *args, name, *more)
+        assert result.returncode == 0, result.stderr
+    plain, often = (json.loads((tmp_path / name / 'results.json').read_text()) for name in 'ab')
+    assert often['test_last'] == plain['test_last']  # the training is the same
+    assert often['val_top1_err'] <= plain['val_top1_err']

@@ -17,7 +17,7 @@ __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; regi
 
 def _residual(block: Any) -> Residual:
     last_act, last_norm = ('act2', block.bn2) if isinstance(block, BasicBlock) else ('act3', block.bn3)
-    # the block's last activation follows the shortcut too; a ReLU changes nothing where the block before it ended in one
+    # the block's last activation follows the shortcut too; a ReLU changes nothing behind another one
     act = () if block.downsample is None and isinstance(getattr(block, last_act), nn.ReLU) else (last_act,)
     path = act if block.downsample is None else ('downsample', *act)
     return Residual(block, ('drop_path',), path, (last_norm,))

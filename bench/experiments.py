@@ -1,0 +1,115 @@
+"""Which trainings each table and figure of the paper takes, and with which flags of train.py.
+
+A training that several of them need is one training: it has one name, one run folder and one results.json.
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import paper
+from config import read_recipe, tokens
+
+# Epochs of each recipe by budget; the recipe's milestones and warm-up shrink with them. `smoke` tries the machinery
+# on handwritten digits, by the recipe quickstart, and shows nothing about the paper.
+BUDGETS: dict[str, dict[str, int]] = dict(
+    full={recipe: paper.EPOCHS[recipe] for recipe in ('cifar10', 'cifar100', 'svhn', 'imagenet', 'cifar10_1202')},
+    short=dict(cifar10=16, cifar100=16, svhn=4, imagenet=4, cifar10_1202=10),
+    smoke=dict(cifar10=4, cifar100=4, svhn=4, imagenet=4, cifar10_1202=4),
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network trained by one recipe.
+
+    Attributes:
+        recipe: Of recipes/.
+        depth: Layers.
+        drop_path: 1 - p_L.
+        schedule: Of the survival probabilities.
+        mode: Of dropping.
+        scale: 'eval', the paper's, or 'train'.
+        augment: Crop and flip.
+    """
+    recipe: str = 'cifar10'
+    depth: int = 110
+    drop_path: float = 0.5
+    schedule: str = 'linear'
+    mode: str = 'batch'
+    scale: str = 'eval'
+    augment: bool = True
+
+    @property
+    def model(self) -> str:
+        if self.recipe == 'imagenet':
+            return f'sd_resnet{self.depth}'
+        return f'sd_resnet{self.depth}_cifar.{dict(cifar100="c100", svhn="svhn").get(self.recipe, "c10")}'
+
+    def name(self, budget: str, seed: int | str) -> str:
+        """Of the run folder; what the paper does goes without saying. With '*' for the seed a pattern for all."""
+        gates = f'{1 - self.drop_path:g}-{self.schedule}' if self.drop_path else 'constant'
+        other = [self.mode] * (self.mode != 'batch') + [self.scale] * (self.scale != 'eval') + ['plain'] * (
+            not self.augment)
+        return '-'.join([self.recipe, str(self.depth), gates, *other, budget, str(seed)])
+
+    def flags(self, budget: str, seed: int, data: str | None) -> list[str]:
+        """The command line of train.py, without where to put the run folder.
+
+        Args:
+            budget: Of `BUDGETS`.
+            seed: Of the run.
+            data: Folder that holds a local copy of the data set under the recipe's name, or None for the Hub.
+        """
+        name = 'quickstart' if budget == 'smoke' else self.recipe
+        recipe, epochs = read_recipe(name), BUDGETS[budget][self.recipe]
+        changed: dict[str, Any] = dict(
+            model=self.model, drop_path=self.drop_path, drop_path_schedule=self.schedule, drop_path_mode=self.mode,
+            drop_path_scale=self.scale, epochs=epochs, seed=seed, log_gradients=True)
+        if epochs != recipe['epochs']:
+            part = epochs / recipe['epochs']
+            milestones = recipe.get('decay_milestones', [recipe['epochs'] / 2, recipe['epochs'] * 3 / 4])
+            changed['decay_milestones'] = [max(1, round(epoch * part)) for epoch in milestones]
+            changed['warmup_epochs'] = round(recipe.get('warmup_epochs', 0) * part)
+        if not self.augment:
+            changed.update(crop_padding=0, hflip=0.)
+        if budget == 'smoke':
+            changed['img_size'] = 16
+        elif data is not None:
+            changed['data_dir'] = str(Path(data, self.recipe.partition('_')[0]))
+        return ['-c', name, *tokens(changed)]
+
+
+def pair(**kwargs: Any) -> tuple[Experiment, Experiment]:
+    """Constant depth, and the paper's stochastic depth."""
+    return Experiment(drop_path=0., **kwargs), Experiment(**kwargs)
+
+
+def at(p_last: float, **kwargs: Any) -> Experiment:
+    """Stochastic depth that ends in p_L; at 1 it is constant depth, whatever the schedule."""
+    return Experiment(drop_path=round(1 - p_last, 4), **kwargs) if p_last < 1 else Experiment(
+        drop_path=0., **{**kwargs, 'schedule': 'linear'})
+
+
+TABLE1 = {
+    'cifar10': pair(), 'cifar100': pair(recipe='cifar100'), 'svhn': pair(recipe='svhn', depth=152),
+    'imagenet': pair(recipe='imagenet', depth=152), 'cifar10-': pair(augment=False),
+    'cifar100-': pair(recipe='cifar100', augment=False),
+}
+DEPTH1202 = pair(recipe='cifar10_1202', depth=1202)
+FIG8_LEFT = {(schedule, p_last): at(p_last, schedule=schedule)
+             for schedule, errors in paper.FIG8_LEFT.items() for p_last in errors}
+FIG8_RIGHT = {(depth, p_last): at(p_last, depth=depth) for p_last in paper.FIG8_RIGHT for depth in paper.DEPTHS}
+# the three ways of dropping at the same rates; they share the one scale that all of them know
+MODES = {mode: replace(Experiment(), mode=mode, scale='train') for mode in ('batch', 'sample', 'subset')}
+
+TARGETS: dict[str, list[Experiment]] = {
+    'table1': [run for runs in TABLE1.values() for run in runs],
+    'table2': [run for data in paper.TABLE2 for run in TABLE1[data]],
+    'fig3': list(TABLE1['cifar10']),
+    'fig7': list(TABLE1['cifar10']),
+    'fig8_left': list(FIG8_LEFT.values()),
+    'fig8_right': list(FIG8_RIGHT.values()),
+    'depth1202': list(DEPTH1202),
+    'modes': [Experiment(drop_path=0.), *MODES.values()],
+}
+TARGETS['all'] = list(dict.fromkeys(run for runs in TARGETS.values() for run in runs))

@@ -1,0 +1,210 @@
+"""The reproduction report: the paper's tables and figures with ours beside them, from the results of finished runs.
+
+A figure is the test error at the epoch of the lowest validation error, in percent, and the mean over seeds with its
+standard deviation where there are several. What was not run is an empty cell.
+"""
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import paper
+from experiments import BUDGETS, DEPTH1202, FIG8_LEFT, FIG8_RIGHT, MODES, TABLE1, Experiment
+from figures import save_gradients, save_losses, save_map, save_survival
+from run_folder import write_atomic
+
+NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
+         'cifar10-': 'CIFAR-10', 'cifar100-': 'CIFAR-100'}
+HEAD = """# Reproduction
+
+Written by `python bench/reproduce.py report` from [runs/](runs), the results.json and summary.csv of each finished run.
+A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch), the mean
+over seeds with its standard deviation where there are several. An empty cell was not run. The budget `short` is the
+paper's recipe in few epochs, its learning rate steps moved in proportion: errors stay far above the paper's, and what
+can be compared is constant against stochastic depth.
+"""
+
+
+class Found(NamedTuple):
+    """The finished runs of one experiment and budget, one a seed: results.json, and the rows of summary.csv."""
+    results: list[dict[str, Any]]
+    rows: list[list[dict[str, float]]]
+
+    def mean(self, *keys: str) -> float | None:
+        """Of a value in results.json; None if nothing was run."""
+        values = [self._value(results, keys) for results in self.results]
+        return statistics.mean(values) if values else None
+
+    @staticmethod
+    def _value(results: Any, keys: Sequence[str]) -> float:
+        for key in keys:
+            results = results[key]
+        return float(results)
+
+    def error(self) -> str:
+        """The test error as a cell."""
+        errors = [self._value(results, ('test_best', 'top1_err')) for results in self.results]
+        spread = f' ± {statistics.stdev(errors):.2f}' if len(errors) > 1 else ''
+        return f'{statistics.mean(errors):.2f}{spread}' if errors else ''
+
+
+class Report:
+    """Finds the runs, and writes REPRODUCTION.md with its pictures beside them.
+
+    Args:
+        folder: Holds runs/.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, experiment: Experiment, budget: str) -> Found:
+        """Its finished runs."""
+        places = sorted((self.folder / 'runs').glob(experiment.name(budget, '*') + '/results.json'))
+        rows = [[{key: float(value) for key, value in row.items()}
+                 for row in csv.DictReader(place.with_name('summary.csv').read_text().splitlines())]
+                for place in places]
+        return Found([json.loads(place.read_text()) for place in places], rows)
+
+    def budgets(self, experiments: Iterable[Experiment]) -> list[str]:
+        """The budgets that some of them were run at; the first one if there are none, for its empty cells."""
+        experiments = list(experiments)
+        return [budget for budget in BUDGETS
+                if any(self.find(experiment, budget).results for experiment in experiments)] or [next(iter(BUDGETS))]
+
+    def pairs(self, title: str, runs: dict[str, tuple[Experiment, Experiment]], errors: dict[str, paper.Pair]) -> str:
+        """Test errors at constant and stochastic depth, a row for each data set and budget."""
+        lines = [f'## {title}\n',
+                 '| data | paper: constant | stochastic | ours: constant | stochastic | epochs | budget | seeds |',
+                 '|---|---|---|---|---|---|---|---|']
+        for data, (constant, stochastic) in runs.items():
+            for budget in self.budgets((constant, stochastic)):
+                ours = [self.find(run, budget) for run in (constant, stochastic)]
+                seeds = '' if not any(found.results for found in ours) else '{} and {}'.format(
+                    *(len(found.results) for found in ours))
+                lines.append(f'| {NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
+                             f'| {ours[0].error()} | {ours[1].error()} | {BUDGETS[budget][constant.recipe]} '
+                             f'| {budget} | {seeds} |')
+        return '\n'.join(lines)
+
+    def table2(self) -> str:
+        """Training time."""
+        lines = ['## Table 2: training time\n',
+                 "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median).\n",
+                 '| data | paper: constant | stochastic | ratio | ours: constant | stochastic | ratio | budget | on |',
+                 '|---|---|---|---|---|---|---|---|---|']
+        for data, hours in paper.TABLE2.items():
+            for budget in self.budgets(TABLE1[data]):
+                found = [self.find(run, budget) for run in TABLE1[data]]
+                seconds = [runs.mean('epoch_seconds') for runs in found]
+                cells = ['' if value is None else f'{value:.0f}' for value in seconds]
+                ratio = f'{seconds[1] / seconds[0]:.3f}' if seconds[0] and seconds[1] else ''
+                device = next((results['hardware']['device'] for runs in found for results in runs.results), '')
+                lines.append(f'| {NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
+                             f'| {hours.stochastic / hours.constant:.3f} | {cells[0]} | {cells[1]} | {ratio} '
+                             f'| {budget} | {device} |')
+        return '\n'.join(lines)
+
+    def curves(self) -> str:
+        """Figures 3 and 7, from the first seed of each run of CIFAR-10."""
+        parts = [f"""## Figure 3: training loss and test error on CIFAR-10+
+
+Final training loss in the paper: {paper.FIG3.constant:g} at constant depth, {paper.FIG3.stochastic:g} with stochastic.
+Ours by validation error: the test images are looked at once, when a run is finished.
+""", """## Figure 7: gradients of the first block's first convolution
+
+Mean absolute gradient in the three phases of the learning rate, in 1e-5.
+
+| | phase | constant | stochastic | ratio |
+|---|---|---|---|---|"""]
+        for phase, pair in enumerate(paper.FIG7):
+            parts[1] += (f'\n| paper | {phase + 1} | {pair.constant * 1e5:.3f} | {pair.stochastic * 1e5:.3f} '
+                         f'| {pair.stochastic / pair.constant:.1f} |')
+        for budget in self.budgets(TABLE1['cifar10']):
+            found = [self.find(run, budget) for run in TABLE1['cifar10']]
+            if not all(runs.rows for runs in found):
+                continue
+            constant, stochastic = (runs.rows[0] for runs in found)
+            losses = [rows[-1]['train_loss'] for rows in (constant, stochastic)]
+            parts[0] += (f'\nOurs, `{budget}`: {losses[0]:.2g} and {losses[1]:.2g}.\n'
+                         f'\n![training loss and validation error](fig3-{budget}.png)\n')
+            save_losses(constant, stochastic, self.folder / f'fig3-{budget}.png')
+            milestones = found[0].results[0]['args']['decay_milestones']
+            ends = [0, *milestones, len(constant)]
+            for phase, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+                means = [statistics.mean(row['grad_magnitude'] for row in rows[start:end]) * 1e5
+                         for rows in (constant, stochastic)]
+                parts[1] += (f'\n| `{budget}` | {phase + 1} | {means[0]:.3f} | {means[1]:.3f} '
+                             f'| {means[1] / means[0]:.1f} |')
+            parts[1] += f'\n\n![gradient magnitudes](fig7-{budget}.png)\n'
+            save_gradients(constant, stochastic, milestones, self.folder / f'fig7-{budget}.png')
+        return '\n\n'.join(parts)
+
+    def survival(self) -> str:
+        """Figure 8, left: test error over p_L, by schedule."""
+        lines = ['## Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+\n']
+        for budget in self.budgets(FIG8_LEFT.values()):
+            probabilities = sorted({p_last for _, p_last in FIG8_LEFT})
+            lines += ['| | ' + ' | '.join(f'{value:g}' for value in probabilities) + ' |',
+                      '|---' * (len(probabilities) + 1) + '|']
+            ours: dict[str, dict[float, float]] = {}
+            for schedule, errors in paper.FIG8_LEFT.items():
+                found = {value: self.find(FIG8_LEFT[schedule, value], budget) for value in errors}
+                ours[schedule] = {value: runs.mean('test_best', 'top1_err') or 0. for value, runs in found.items()
+                                  if runs.results}
+                for who, cells in (('paper', {value: f'{error:.2f}' for value, error in errors.items()}),
+                                   (f'`{budget}`', {value: runs.error() for value, runs in found.items()})):
+                    lines.append(f'| {who}, {schedule} | ' + ' | '.join(
+                        cells.get(value, '') for value in probabilities) + ' |')
+            if any(ours.values()):
+                save_survival(ours, paper.FIG8_LEFT, budget, self.folder / f'fig8_left-{budget}.png')
+                lines.append(f'\n![test error over p_L](fig8_left-{budget}.png)\n')
+        return '\n'.join(lines)
+
+    def depth_map(self) -> str:
+        """Figure 8, right: test error over depth and p_L."""
+        lines = ['## Figure 8, right: depth and p_L on CIFAR-10+, linear decay\n']
+        for budget in self.budgets(FIG8_RIGHT.values()):
+            lines += ['| p_L | ' + ' | '.join(f'{depth} layers: paper | `{budget}`' for depth in paper.DEPTHS) + ' |',
+                      '|---' * (2 * len(paper.DEPTHS) + 1) + '|']
+            ours: dict[float, dict[int, float]] = {}
+            for p_last, errors in paper.FIG8_RIGHT.items():
+                found = {depth: self.find(FIG8_RIGHT[depth, p_last], budget) for depth in paper.DEPTHS}
+                ours[p_last] = {depth: runs.mean('test_best', 'top1_err') or 0. for depth, runs in found.items()
+                                if runs.results}
+                lines.append(f'| {p_last:g} | ' + ' | '.join(
+                    f'{errors[depth]:.2f} | {found[depth].error()}' for depth in paper.DEPTHS) + ' |')
+            if any(ours.values()):
+                save_map(paper.FIG8_RIGHT, ours, budget, self.folder / f'fig8_right-{budget}.png')
+                lines.append(f'\n![test error over depth and p_L](fig8_right-{budget}.png)\n')
+        return '\n'.join(lines)
+
+    def modes(self) -> str:
+        """Beyond the paper: the three ways of dropping at the same rates."""
+        lines = ['## Beyond the paper: what is dropped\n',
+                 '110 layers on CIFAR-10+, p_L = 0.5, linear decay, the branch divided by p_l in training. `batch`: a '
+                 'block for the whole mini-batch (the paper); `sample`: for each sample by itself '
+                 "(timm's DropPath); `subset`: for a fixed number of random samples (DINOv2).\n",
+                 '| dropped | test error | seconds an epoch | of constant depth | epochs | budget | seeds |',
+                 '|---|---|---|---|---|---|---|']
+        for budget in self.budgets(MODES.values()):
+            base = self.find(Experiment(drop_path=0.), budget).mean('epoch_seconds')
+            for name, run in {'nothing': Experiment(drop_path=0.), **MODES}.items():
+                found = self.find(run, budget)
+                seconds = found.mean('epoch_seconds')
+                lines.append(f'| {name} | {found.error()} | {"" if seconds is None else f"{seconds:.0f}"} '
+                             f'| {f"{seconds / base:.3f}" if seconds and base else ""} '
+                             f'| {BUDGETS[budget][run.recipe]} | {budget} | {len(found.results) or ""} |')
+        return '\n'.join(lines)
+
+    def write(self) -> Path:
+        """Writes everything; returns the path of REPRODUCTION.md."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts = [HEAD, self.pairs('Table 1: test error', TABLE1, paper.TABLE1), self.table2(), self.curves(),
+                 self.survival(), self.depth_map(),
+                 self.pairs('1202 layers', {'cifar10': DEPTH1202}, {'cifar10': paper.DEPTH1202}), self.modes()]
+        path = self.folder / 'REPRODUCTION.md'
+        write_atomic(path, ('\n\n'.join(part.strip() for part in parts) + '\n').encode())
+        return path

@@ -1,0 +1,142 @@
+"""bench/reproduce.py as a user runs it: what it starts, what a kill -9 leaves, what the report says."""
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import paper
+from experiments import FIG8_RIGHT, TABLE1, TARGETS, Experiment
+from test_train import bench, command
+
+SMALL = ['fig8_right', '--depth', '20', '--drop-path', '0.5', '--budget', 'smoke']
+NAME = 'cifar10-20-0.5-linear-smoke-0'
+
+
+def folders(root):
+    return ['--output', str(root / 'output'), '--results', str(root / 'results')]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp('reproduce')
+    result = bench('reproduce.py', *SMALL, *folders(root))
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_trainings_that_several_figures_need_are_one():
+    assert TABLE1['cifar10'][1] == FIG8_RIGHT[110, 0.5] == Experiment()
+    assert len(TARGETS['fig8_right']) == 36
+    names = [run.name('full', 0) for run in TARGETS['all']]
+    assert len(set(names)) == len(names)
+
+
+def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
+    full, short = (dict(zip(flags[::1], flags[1:], strict=False)) for flags in (
+        Experiment().flags(budget, 0, None) for budget in ('full', 'short')))
+    assert full['--epochs'] == '500'
+    assert '--decay-milestones' not in full  # the recipe's
+    assert (short['--epochs'], short['--decay-milestones']) == ('16', '8')
+    for flag in ('-c', '--model', '--drop-path', '--drop-path-scale'):
+        assert full[flag] == short[flag]
+
+
+def test_a_complete_run_is_not_started_again(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob('*') if path.is_file()}
+    result = bench('reproduce.py', *SMALL, *folders(finished))
+    assert result.returncode == 0, result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob('*') if path.is_file()}
+
+
+def test_goes_on_after_kill_9_to_the_same_weights(finished, tmp_path):
+    process = subprocess.Popen(command('reproduce.py', *SMALL, *folders(tmp_path)), stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    folder = tmp_path / 'output' / NAME
+    while not list(folder.glob('checkpoints/checkpoint-*.pt')):
+        assert process.poll() is None
+        time.sleep(0.01)
+    again = bench('reproduce.py', *SMALL, *folders(tmp_path))  # while the first one still trains
+    assert again.returncode == 2
+    assert 'is being trained by another process' in again.stderr
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    result = bench('reproduce.py', *SMALL, *folders(tmp_path))
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (safetensors.torch.load_file(root / 'output' / NAME / 'model.safetensors')
+                    for root in (tmp_path, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (tmp_path / 'results' / 'runs' / NAME / 'results.json').exists()
+
+
+def test_report_has_what_was_run_and_empty_cells(finished):
+    result = bench('reproduce.py', 'report', '--results', finished / 'results')
+    assert result.returncode == 0, result.stderr
+    text = (finished / 'results' / 'REPRODUCTION.md').read_text()
+    error = json.loads((finished / 'results' / 'runs' / NAME / 'results.json').read_text())['test_best']['top1_err']
+    assert f'| 0.5 | {paper.FIG8_RIGHT[0.5][20]:.2f} | {error:.2f} | {paper.FIG8_RIGHT[0.5][38]:.2f} |  |' in text
+    assert f'| CIFAR-10+ | {paper.TABLE1["cifar10"].constant:.2f} | {paper.TABLE1["cifar10"].stochastic:.2f} |  |  |' \
+        in text
+    assert (finished / 'results' / 'fig8_right-smoke.png').stat().st_size > 10_000
+
+
+def test_report_means_over_seeds_and_draws_every_figure(finished, tmp_path):
+    """From one real run under the names of others."""
+    source = finished / 'results' / 'runs' / NAME
+    for run in TARGETS['all']:
+        for seed, error in enumerate((5., 6.)):
+            place = tmp_path / 'runs' / run.name('short', seed)
+            place.mkdir(parents=True)
+            results = json.loads((source / 'results.json').read_text())
+            results['test_best']['top1_err'] = error
+            (place / 'results.json').write_text(json.dumps(results))
+            (place / 'summary.csv').write_text((source / 'summary.csv').read_text())
+    result = bench('reproduce.py', 'report', '--results', tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / 'REPRODUCTION.md').read_text()
+    assert '| SVHN | 1.80 | 1.75 | 5.50 ± 0.71 | 5.50 ± 0.71 | 4 | short | 2 and 2 |' in text
+    for line in text.splitlines():
+        if line.startswith('!['):
+            assert (tmp_path / line.partition('](')[2].rstrip(')')).exists()
+    assert text.count('![') == 4
+
+
+def test_plan_runs_nothing(tmp_path):
+    result = bench('reproduce.py', *SMALL, '--plan', *folders(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert NAME in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_submitit_runs_it_too(tmp_path):
+    result = bench('reproduce.py', *SMALL, '--seeds', '1', '--cluster', 'local', '--cluster-options', 'timeout_min=10',
+                   *folders(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'results' / 'runs' / NAME.replace('smoke-0', 'smoke-1') / 'results.json').exists()
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['fig8_right', '--depth', '21'], ['21', '20']),
+    (['table1', '--data', '/nowhere'], ['/nowhere']),
+    (['table3'], ['table3', 'table1']),
+    ([*SMALL, '--cluster', 'nowhere'], ['nowhere']),
+])
+def test_mistakes_get_one_line(tmp_path, args, words):
+    result = bench('reproduce.py', *args, *folders(tmp_path))
+    assert result.returncode == 2
+    assert all(word in result.stderr for word in words)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tmp_path):
+    (tmp_path / 'data').mkdir()
+    result = bench('reproduce.py', 'fig8_right', '--depth', '20', '--drop-path', '0.5', '--budget', 'short',
+                   '--processes', '2', '--data', tmp_path / 'data', *folders(tmp_path))
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'cifar10-20-0.5-linear-short-0' in last
+    assert 'does not exist' in last
