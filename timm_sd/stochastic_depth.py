@@ -7,7 +7,7 @@ Three parts: `DepthGates` (gates.py) draws the gates of one network, `GatedBlock
 it runs, and `DepthGate`, in timm's `drop_path` slots, scales what the branch returns.
 """
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -107,7 +107,8 @@ class GatedBlock(nn.Module):
         if gate.mode == 'subset':
             kept = gate.subset(x)
             shortcut = self.run_shortcut(x)
-            return shortcut.index_copy(0, kept, super().__call__(x[kept], *args, **kwargs).to(shortcut.dtype))
+            y = super().__call__(on_channels_last(torch.index_select, x, kept), *args, **kwargs)
+            return on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype))
         if gate.is_open(x):
             return super().__call__(x, *args, **kwargs)
         others = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -182,6 +183,18 @@ def closed_block(shortcut: torch.Tensor, params: Iterable[torch.Tensor]) -> torc
         The same values as `shortcut`, (B, C, H, W), without a copy.
     """
     return _ClosedBlock.apply(shortcut, *params)
+
+
+def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,
+                     *samples: torch.Tensor) -> torch.Tensor:
+    """function(x, 0, kept, *samples); of a channels_last tensor (B, C, H, W) a channels_last one, without a detour.
+
+    torch's index functions go pixel by pixel there, backward too, and may answer in another memory format.
+    """
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        tensors = [tensor.permute(0, 2, 3, 1) for tensor in (x, *samples)]
+        return function(tensors[0], 0, kept, *tensors[1:]).permute(0, 3, 1, 2)
+    return function(x, 0, kept, *samples)
 
 
 def _fold(survival_prob: float, layer: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
