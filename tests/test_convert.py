@@ -276,6 +276,11 @@ def test_whole_model_compile_does_not_freeze_a_draw():
         torch.testing.assert_close(compiled(images(model)), twin(images(model)), rtol=1e-4, atol=1e-5)
 
 
+def test_an_untrained_network_may_be_very_deep():
+    residuals, stay_open = residual_blocks(timm.create_model('sd_resnet1202_cifar', drop_path_rate=0.))
+    assert (len(residuals), stay_open) == (600, 0)
+
+
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext'])
 def test_exports_are_those_of_the_plain_network(name):
     plain, model = network(name).eval(), added(name).eval()

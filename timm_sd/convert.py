@@ -155,10 +155,15 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
                              "absorb p_l; use 'train'")
         found.append(Residual(block, tuple(used), path, tuple(layer for layer in last if layer is not None)))
 
-    def keep_input(block: nn.Module, args: tuple) -> None:
-        inputs[block] = args[0].clone() if args and isinstance(args[0], torch.Tensor) else None
+    def keep_input(block: nn.Module, args: tuple) -> tuple | None:
         for probe in probes[block].values():
             probe.seen = None
+        inputs[block] = None
+        if not args or not isinstance(args[0], torch.Tensor):
+            return None
+        x = args[0] / args[0].abs().max().clamp(min=1.)  # a thousand untrained layers would overflow in evaluation
+        inputs[block] = x.clone()
+        return x, *args[1:]
 
     names = {module: name for name, module in model.named_modules()}
     example = next(model.parameters())
