@@ -165,7 +165,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('-b', '--batch-size', type=count, default=128, help='images a process and step')
     group.add_argument('--in-memory', action=argparse.BooleanOptionalAction, default=True,
                        help='decode all images once into memory, for small ones; otherwise --workers read them')
-    group.add_argument('-j', '--workers', type=count, default=min(4, cores()),
+    group.add_argument('-j', '--workers', type=count, default=4,
                        help='processes that read where not --in-memory')
 
 
@@ -239,7 +239,7 @@ def train_parser() -> argparse.ArgumentParser:
     group.add_argument('--require-processes', type=count, metavar='N', help='fail unless N processes train together')
     group.add_argument('--threads', type=count, help='CPU threads a process (default: cores / processes)')
     group.add_argument('--checkpoint-hist', type=count, default=2, help='checkpoints to keep')
-    group.add_argument('--eval-interval', type=count, metavar='STEPS', help='validate within the epochs too')
+    group.add_argument('--eval-interval', type=count, metavar='UPDATES', help='validate within the epochs too')
     group.add_argument('--log-gradients', action=argparse.BooleanOptionalAction, default=False,
                        help="mean absolute gradient of the first block's first layer, by epoch, into summary.csv")
     group.add_argument('--log-interval', type=count, default=20, help='steps between updates of the progress bar')

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 import huggingface_hub
 import numpy as np
+import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
@@ -108,6 +109,15 @@ def read(batches: Iterable[Any], where: str) -> Iterator[Any]:
     except Exception as error:
         reason = ' '.join(str(error.__cause__ or error).split())[:200]
         raise UserError(f'{where} can not be read: {reason}') from error
+
+
+def check_labels(labels: torch.Tensor, split: Split) -> None:
+    """Raises UserError unless there are labels (N,), each of them that of a class."""
+    if not len(labels):
+        raise UserError(f'{split.where} holds no images')
+    if not 0 <= labels.min() <= labels.max() < len(split.class_names):
+        raise UserError(f'{split.where}: labels go from {labels.min()} to {labels.max()}, classes from 0 to '
+                        f'{len(split.class_names) - 1}')
 
 
 def decode(encoded: dict[str, Any], where: str) -> Image.Image:

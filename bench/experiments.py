@@ -68,8 +68,10 @@ class Experiment:
         if epochs != recipe['epochs']:
             part = epochs / recipe['epochs']
             milestones = recipe.get('decay_milestones', [recipe['epochs'] / 2, recipe['epochs'] * 3 / 4])
-            changed['decay_milestones'] = [max(1, round(epoch * part)) for epoch in milestones]
-            changed['warmup_epochs'] = round(recipe.get('warmup_epochs', 0) * part)
+            # timm's milestone m is the m-th epoch: the rate holds for m - 1
+            changed['decay_milestones'] = [round((epoch - 1) * part) + 1 for epoch in milestones]
+            warmup = recipe.get('warmup_epochs', 0)
+            changed['warmup_epochs'] = max(1, round(warmup * part)) if warmup else 0
         if not self.augment:
             changed.update(crop_padding=0, hflip=0.)
         if budget == 'smoke':

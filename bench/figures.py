@@ -134,21 +134,20 @@ def save_losses(constant: list[dict[str, float]], stochastic: list[dict[str, flo
     _save(figure, (left, right), path)
 
 
-def save_gradients(constant: list[dict[str, float]], stochastic: list[dict[str, float]], milestones: Sequence[int],
-                   path: Path) -> None:
+def save_gradients(constant: list[dict[str, float]], stochastic: list[dict[str, float]], path: Path) -> None:
     """Draws the mean absolute gradient of the first block's first convolution by epoch, as the paper's Fig. 7.
 
     Args:
         constant: The rows of summary.csv.
         stochastic: Likewise.
-        milestones: Epochs at which the learning rate falls.
         path: The PNG to write.
     """
     figure, axes = plt.subplots(figsize=(7, 3.6), layout='constrained')
     for rows, style in ((constant, CONSTANT), (stochastic, STOCHASTIC)):
         axes.semilogy([row['epoch'] + 1 for row in rows], [row['grad_magnitude'] for row in rows], **style)
-    for milestone in milestones:
-        axes.axvline(milestone + 0.5, color='0.7', lw=1)
+    for before, row in zip(constant, constant[1:], strict=False):
+        if row['lr'] < before['lr']:
+            axes.axvline(row['epoch'] + 0.5, color='0.7', lw=1)
     axes.set(xlabel='epoch (lines: the learning rate falls)', ylabel='mean absolute gradient')
     axes.legend(frameon=False)
     _save(figure, [axes], path)

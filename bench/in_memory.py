@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from batches import Batches
 from config import UserError
-from data import Split, decode, read
+from data import Split, check_labels, decode, read
 
 
 @dataclass
@@ -60,13 +60,9 @@ def load_image_set(split: Split, img_size: int | None = None, progress: bool = T
             if pictures[-1].shape != pictures[0].shape:
                 raise UserError(f'{split.where}: image {len(pictures) - 1} is {pictures[-1].shape[1]}x'
                                 f'{pictures[-1].shape[0]}, others are not; resize with --img-size')
-    if not pictures:
-        raise UserError(f'{split.where} holds no images')
-    images, labels = torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor(targets)
-    if not 0 <= labels.min() <= labels.max() < len(split.class_names):
-        raise UserError(f'{split.where}: labels go from {labels.min()} to {labels.max()}, classes from 0 to '
-                        f'{len(split.class_names) - 1}')
-    return ImageSet(images, labels, split.class_names)
+    labels = torch.tensor(targets)
+    check_labels(labels, split)
+    return ImageSet(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), labels, split.class_names)
 
 
 def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """The data path for large images: read, decoded and augmented one by one in worker processes, by timm's transforms.
 
-Order and augmentation of an epoch follow from (seed, epoch), and the augmentation from the number of workers too.
+Order and augmentation of an epoch follow from (seed, epoch); the augmentation also from the number of workers and
+processes, and of a stream the order too.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice, repeat
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from batches import Batches
 from config import UserError
-from data import Split, decode
+from data import Split, check_labels, decode
 
 SHUFFLE_BUFFER = 1000  # encoded images that a stream is shuffled among, in each worker
 
@@ -45,10 +46,13 @@ def load_image_rows(split: Split) -> ImageRows:
     Raises:
         UserError: If the number of its images is unknown.
     """
-    if not split.images:
+    if split.images is None:
         raise UserError(f'{split.where} does not tell how many images it holds; leave out --streaming')
     is_stream = isinstance(split.rows, datasets.IterableDataset)
-    return ImageRows(split, None if is_stream else torch.tensor(split.rows['label'][:]))
+    labels = None if is_stream else torch.tensor(split.rows['label'][:])
+    if labels is not None:
+        check_labels(labels, split)
+    return ImageRows(split, labels)
 
 
 @dataclass
@@ -94,26 +98,42 @@ class LoaderBatches(Batches):
             num_workers=workers, collate_fn=_Collate(transform, data.split.where))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        generator = self.generator()
-        batches = self._stream(generator) if self.data.labels is None else self._chosen(generator)
+        batches = self._stream() if self.data.labels is None else self._chosen()
         try:
             for x, target in batches:
                 yield x.to(self.device), target.to(self.device), len(target) * self.world_size
         except Exception as error:  # of a worker: the message is a traceback
-            _, ours, said = str(error).strip().splitlines()[-1].rpartition('UserError: ')
+            last = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            if isinstance(error, UserError) and 'Traceback' not in str(error):
+                raise
+            _, ours, said = last.rpartition('UserError: ')
             raise UserError(said if ours else f'{self.data.split.where} can not be read: {said}') from error
 
-    def _chosen(self, generator: torch.Generator) -> DataLoader:
-        """Each batch by the numbers of its images."""
-        shares = [share.tolist() for share, _ in self.shares(self.order(generator)) if len(share)]
-        return DataLoader(self.data.split.rows, batch_sampler=shares, generator=generator, **self.options)
+    def _draws(self) -> torch.Generator:
+        """What the workers of this rank draw their augmentation from: another rank's are others."""
+        return torch.Generator().manual_seed(self.generator().initial_seed() + 1 + self.rank)
 
-    def _stream(self, generator: torch.Generator) -> Iterator[Any]:
+    def _chosen(self) -> DataLoader:
+        """Each batch by the numbers of its images."""
+        shares = [share.tolist() for share, _ in self.shares(self.order(self.generator())) if len(share)]
+        return DataLoader(self.data.split.rows, batch_sampler=shares, generator=self._draws(), **self.options)
+
+    def _stream(self) -> Iterator[Any]:
         """The images as they come. A rank whose files hold fewer starts over: all ranks take as many steps."""
         rows = self.data.split.rows
         if self.train:
             rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
             rows.set_epoch(self.epoch)
         loader = DataLoader(split_dataset_by_node(rows, self.rank, self.world_size), batch_size=self.batch_size,
-                            drop_last=self.train, generator=generator, **self.options)
-        return islice(chain.from_iterable(repeat(loader)), len(self)) if self.train else iter(loader)
+                            drop_last=self.train, generator=self._draws(), **self.options)
+        return islice(self._endless(loader), len(self)) if self.train else iter(loader)
+
+    def _endless(self, loader: DataLoader) -> Iterator[Any]:
+        while True:
+            found = False
+            for batch in loader:
+                found = True
+                yield batch
+            if not found:
+                raise UserError(f'no worker finds {self.batch_size} images for a batch in {self.data.split.where}; '
+                                'lower --batch-size or --workers')

@@ -83,9 +83,9 @@ def make_card(folder: Path, repo: str | None = None) -> str:
         library_name='timm', license='apache-2.0', pipeline_tag='image-classification', model_name=name,
         tags=['image-classification', 'timm', 'stochastic-depth'], datasets=hub_dataset and [hub_dataset],
         metrics=['accuracy'], eval_results=[EvalResult(
-            task_type='image-classification', dataset_type=dataset, dataset_name=dataset, dataset_split='test',
-            metric_type='accuracy', metric_value=round(100 - results['test_best']['top1_err'], 2),
-            metric_name='Top-1 accuracy (%)')])
+            task_type='image-classification', dataset_type=dataset, dataset_name=dataset,
+            dataset_split=results['args']['test_split'], metric_type='accuracy',
+            metric_value=round(100 - results['test_best']['top1_err'], 2), metric_name='Top-1 accuracy (%)')])
     card = ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
         dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size,

@@ -42,8 +42,8 @@ def reproduce_parser() -> Parser:
                         help="submitit's, such as timeout_min=1440 slurm_partition=gpu gpus_per_node=1")
     parser.add_argument('--plan', action='store_true', help='list the runs and an estimate of their time; run nothing')
     parser.add_argument('--output', default='output/reproduce', help='folder of the run folders')
-    parser.add_argument('--results', default=str(Path(__file__).parent / 'results'),
-                        help='folder of the report, and of what it is made from')
+    parser.add_argument('--results', help='folder of the report, and of what it is made from (default: results/ beside '
+                                          'this script, for the budget smoke --output)')
     return parser
 
 
@@ -62,7 +62,7 @@ def chosen(args: Any) -> list[tuple[Experiment, int]]:
                         f'depths {sorted(depths)} and rates {sorted(rates)}')
     if args.data is not None and not Path(args.data).is_dir():
         raise UserError(f'--data {args.data} is no folder')
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def done(args: Any, name: str) -> int:
@@ -107,7 +107,7 @@ def print_plan(runs: list[tuple[Experiment, int]], args: Any) -> None:
         own = seconds[experiment] * steps * left / 3600 if experiment in seconds else float('nan')
         hours += own if own == own else 0
         print(f'{name:44}{epochs:8}{epochs - left:6}{own:12.2f}')
-    print(f'about {hours:.1f} hours on this machine, from a step timed now')
+    print(f'about {hours:.1f} hours on this machine, from a step timed now; ImageNet is not in it')
 
 
 def keep(folder: Path, place: Path) -> None:
@@ -117,7 +117,7 @@ def keep(folder: Path, place: Path) -> None:
         write_atomic(place / file, (folder / file).read_bytes())
 
 
-def make_executor(args: Any) -> tuple[Any, int]:
+def make_executor(args: Any) -> tuple[Any, int | None]:
     """What the runs are handed to, and the threads of each."""
     if args.cluster is None:
         return ThreadPoolExecutor(args.processes), max(1, cores() // args.processes)
@@ -128,11 +128,11 @@ def make_executor(args: Any) -> tuple[Any, int]:
     try:
         executor = submitit.AutoExecutor(Path(args.output, 'submitit'), cluster=args.cluster)
         options = dict(option.split('=', 1) for option in args.cluster_options)
-        executor.update_parameters(name='timm-sd', **{
-            key: int(value) if value.isdigit() else value for key, value in options.items()})
+        executor.update_parameters(**dict(dict(name='timm-sd', timeout_min=24 * 60), **{
+            key: int(value) if value.isdigit() else value for key, value in options.items()}))
     except Exception as error:  # submitit's own, of a wrong option, or of a cluster that isn't there
         raise UserError(f'--cluster {args.cluster}: {" ".join(str(error).split())[:200]}') from error
-    return executor, cores()
+    return executor, None  # the node knows how many cores it gives
 
 
 def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
@@ -144,12 +144,12 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
     places = {experiment.name(args.budget, seed): (experiment, seed) for experiment, seed in runs}
     left = [name for name in places if not Path(args.results, 'runs', name, 'results.json').exists()]
     executor, threads = make_executor(args)
-    stderr = None if args.cluster is None and args.processes == 1 else subprocess.PIPE  # one run shows its own bar
+    stderr = subprocess.PIPE if args.cluster is None and args.processes > 1 else None  # one run shows its own bar
     jobs, failed = {}, []
     for name in left:
         experiment, seed = places[name]
         command = [sys.executable, TRAIN, *experiment.flags(args.budget, seed, args.data), '--output', args.output,
-                   '--experiment', name, '--resume', 'auto', '--threads', str(threads)]
+                   '--experiment', name, '--resume', 'auto', *(['--threads', str(threads)] if threads else [])]
         jobs[name] = executor.submit(
             subprocess.run, command, check=True, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
     try:
@@ -157,8 +157,9 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
             try:
                 job.result()
             except Exception as error:  # a training's, or submitit's
-                said = (getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1]
-                failed.append(f'{name}: {said}')
+                log = job.stderr() if args.cluster else getattr(error, 'stderr', None)
+                lines = [line for line in (log or '').splitlines() if 'error: ' in line]
+                failed.append(f'{name}: {lines[-1] if lines else "see above"}')
             else:
                 keep(Path(args.output, name), Path(args.results, 'runs', name))
     finally:
@@ -171,6 +172,7 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
 def main() -> None:
     """Plans, trains or reports."""
     args = parse(reproduce_parser())
+    args.results = args.results or (args.output if args.budget == 'smoke' else str(Path(__file__).parent / 'results'))
     if args.target == 'report':
         print(Report(Path(args.results)).write())
         return

@@ -156,7 +156,9 @@ def train(job: Run) -> dict[str, Any]:
     model, optimizer = accelerator.prepare(job.model, job.optimizer)
     watched = first_branch_weight(job.model) if args.log_gradients else None
 
-    magnitudes: list[torch.Tensor] = []  # of this epoch's gradients
+    # of this epoch: mean absolute gradient of each update, seconds of each validation within it
+    magnitudes: list[torch.Tensor] = []
+    pauses: list[float] = []
 
     def select() -> dict[str, float]:
         """Evaluates on the validation images; keeps the weights if they are the best so far."""
@@ -172,9 +174,12 @@ def train(job: Run) -> dict[str, Any]:
     def before_update(step: int) -> None:
         if watched is not None and watched.grad is not None:
             magnitudes.append(watched.grad.abs().mean())
-        if args.eval_interval and step and step % args.eval_interval == 0:
+        update = step // args.grad_accum_steps
+        if args.eval_interval and update and update % args.eval_interval == 0:
+            start = time.perf_counter()
             select()
             model.train()
+            pauses.append(time.perf_counter() - start)
 
     with tqdm(total=args.epochs * batches.images, initial=state['epoch'] * batches.images, unit=' images',
               mininterval=1. if sys.stderr.isatty() else 60., disable=not accelerator.is_main_process) as bar:
@@ -185,9 +190,10 @@ def train(job: Run) -> dict[str, Any]:
                 gates.set_epoch(epoch)
             lr, start = optimizer.param_groups[0]['lr'], time.perf_counter()
             magnitudes.clear()
+            pauses.clear()
             train_loss = train_epoch(model, batches, optimizer, scheduler, accelerator, job.amp, epoch, bar,
                                      args.smoothing, args.grad_accum_steps, args.log_interval, before_update)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start - sum(pauses)
             if not math.isfinite(train_loss):
                 raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; lower --lr {args.lr}')
             val = select()
@@ -221,13 +227,16 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Tests the best and the last epoch's weights, and writes results.json, model.safetensors and curves.png."""
     args, folder, gates, rows = job.args, job.folder, timm_sd.depth_gates(job.model), state['rows']
     images = {name: batches.images for name, batches in job.batches.items()}
+    # a folder of other classes than the recipe's data set is no copy of it
+    is_copy = not args.data_dir or len(job.class_names) == timm.get_pretrained_cfg_value(args.model, 'num_classes')
+    dataset = args.dataset if is_copy else Path(args.data_dir).name
     last = test(job, job.model.state_dict())
     weights = safetensors.torch.load_file(folder.best_weights(state['best_epoch']))
     best = test(job, weights)
     epoch_seconds = statistics.median(row['train_seconds'] for row in rows)  # robust to a machine's other work
     origin = dict(
         model=args.model, recipe=Path(args.config).stem, changed_from_recipe=changed_from_recipe(vars(args)),
-        seed=args.seed, epochs=args.epochs, dataset=args.dataset, images=images,
+        seed=args.seed, epochs=args.epochs, dataset=dataset, images=images,
         held_out='nothing: the last epoch counts' if args.val_split == args.test_split else
                  'validation split' if args.val_split else f'{args.val_per_class} of each class')
     results = dict(

@@ -81,6 +81,24 @@ def test_a_stream_gives_all_ranks_as_many_full_batches(folder):
     assert sorted(sum(brightness(batches(folder, 'validation', train=False, streaming=True)), [])) == list(range(6))
 
 
+def test_a_stream_that_fills_no_batch_ends(folder):
+    loader = batches(folder, size=20, streaming=True)
+    loader.options['num_workers'] = 1
+    assert len(brightness(loader)) == 1
+    loader.batch_size = 23
+    with pytest.raises(UserError, match='lower --batch-size'):
+        list(loader)
+
+
+def test_ranks_draw_augmentations_of_their_own(folder):
+    first, second = (torch.cat([x for x, _, _ in batches(folder, augment=True, size=1, rank=rank, world_size=2)])
+                     for rank in range(2))
+    draws = [torch.initial_seed(), *(batches(folder, rank=rank, world_size=2)._draws().initial_seed()
+                                     for rank in range(2))]
+    assert len(set(draws)) == 3
+    assert not torch.equal(first, second)
+
+
 def test_holding_out_takes_the_images_apart(folder):
     train, val = hold_out(load_image_rows(open_split(folder, 'train')), 2)
     assert (len(train), len(val)) == (18, 4)

@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import time
+from itertools import groupby
 
 import pytest
 import safetensors.torch
 import torch
 
 import paper
-from experiments import FIG8_RIGHT, TABLE1, TARGETS, Experiment
+from config import parse, train_parser
+from experiments import DEPTH1202, FIG8_RIGHT, TABLE1, TARGETS, Experiment
 from test_train import bench, command
+from train import build_optimizer
 
 SMALL = ['fig8_right', '--depth', '20', '--drop-path', '0.5', '--budget', 'smoke']
 NAME = 'cifar10-20-0.5-linear-smoke-0'
@@ -41,9 +44,21 @@ def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
         Experiment().flags(budget, 0, None) for budget in ('full', 'short')))
     assert full['--epochs'] == '500'
     assert '--decay-milestones' not in full  # the recipe's
-    assert (short['--epochs'], short['--decay-milestones']) == ('16', '8')
+    assert (short['--epochs'], short['--decay-milestones']) == ('16', '9')
     for flag in ('-c', '--model', '--drop-path', '--drop-path-scale'):
         assert full[flag] == short[flag]
+
+
+@pytest.mark.parametrize(('experiment', 'epochs'), [
+    (TABLE1['cifar10'][1], [8, 4, 4]), (TABLE1['svhn'][1], [2, 1, 1]), (DEPTH1202[1], [1, 4, 2, 3])])
+def test_a_short_schedule_has_every_phase(experiment, epochs):
+    args = parse(train_parser(), experiment.flags('short', 0, None))
+    _, scheduler = build_optimizer(args, torch.nn.Linear(1, 1), 1)
+    rates = []
+    for epoch in range(args.epochs):
+        scheduler.step(epoch)
+        rates.append(round(scheduler.optimizer.param_groups[0]['lr'], 6))
+    assert [len(list(group)) for _, group in groupby(rates)] == epochs
 
 
 def test_a_complete_run_is_not_started_again(finished):
@@ -88,8 +103,8 @@ def test_report_means_over_seeds_and_draws_every_figure(finished, tmp_path):
     """From one real run under the names of others."""
     source = finished / 'results' / 'runs' / NAME
     for run in TARGETS['all']:
-        for seed, error in enumerate((5., 6.)):
-            place = tmp_path / 'runs' / run.name('short', seed)
+        for budget, seed, error in (('short', 0, 5.), ('short', 1, 6.), ('full', 0, 4.)):
+            place = tmp_path / 'runs' / run.name(budget, seed)
             place.mkdir(parents=True)
             results = json.loads((source / 'results.json').read_text())
             results['test_best']['top1_err'] = error
@@ -99,10 +114,13 @@ def test_report_means_over_seeds_and_draws_every_figure(finished, tmp_path):
     assert result.returncode == 0, result.stderr
     text = (tmp_path / 'REPRODUCTION.md').read_text()
     assert '| SVHN | 1.80 | 1.75 | 5.50 ± 0.71 | 5.50 ± 0.71 | 4 | short | 2 and 2 |' in text
+    assert '| SVHN | 1.80 | 1.75 | 4.00 | 4.00 | 4 | full | 1 and 1 |' in text
+    table = text.partition('## Figure 7')[2].partition('![')[0].strip().splitlines()
+    assert all(line.startswith('| `') for line in table[-2:])  # one table, the pictures behind it
     for line in text.splitlines():
         if line.startswith('!['):
             assert (tmp_path / line.partition('](')[2].rstrip(')')).exists()
-    assert text.count('![') == 4
+    assert text.count('![') == 8
 
 
 def test_plan_runs_nothing(tmp_path):
