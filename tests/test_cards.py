@@ -24,7 +24,7 @@ def results_of(name):
 
 
 def test_every_bundled_file_has_a_card():
-    assert {'sd_resnet56_cifar.c10', 'sd_resnet110_cifar.c10'} <= set(NAMES)
+    assert {f'sd_resnet{depth}_cifar.c10' for depth in (20, 56, 110)} <= set(NAMES)
     assert sorted(path.stem for path in PRETRAINED.glob('*.safetensors')) == NAMES
 
 
