@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib.ticker import NullLocator  # noqa: E402
 
 from run_folder import write_atomic  # noqa: E402
 
@@ -75,6 +76,8 @@ def save_sweep(rows: list[dict[str, Any]], path: Path) -> None:
         if axis != 'drop_path':
             for panel in (top, bottom):
                 panel.set(xscale='log', yscale='log')
+                panel.set_xticks(x, [str(value) for value in x], fontsize=8)
+                panel.xaxis.set_minor_locator(NullLocator())
         bottom.set_xlabel(label)
     panels[0, 0].set_ylabel('seconds a step')
     panels[1, 0].set_ylabel('peak memory (MiB)')
