@@ -157,8 +157,8 @@ def open_split(
     told = (data.info.splits or {}).get(split)
     images = len(data) if isinstance(data, datasets.Dataset) else told and told.num_examples
     rows = data.select_columns([image_key, label_key])
-    for column, name in ((image_key, 'image'), (label_key, 'label')):
-        if column != name:  # a stream can't rename a column to its own name
-            rows = rows.rename_column(column, name)
+    for column, ours in ((image_key, 'image'), (label_key, 'label')):
+        if column != ours:  # a stream can't rename a column to its own name
+            rows = rows.rename_column(column, ours)
     return Split(rows.cast_column('image', datasets.Image(decode=False)), data.features[label_key].names,
                  f'data set {name!r}, split {split!r}', images)
