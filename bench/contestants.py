@@ -33,11 +33,12 @@ STAGES = ('layer1', 'layer2', 'layer3')
 
 
 class Entry(NamedTuple):
-    """One contestant: how it drops blocks, 1 - p_L, by which schedule, and whether its blocks are compiled."""
+    """One contestant: how it drops blocks, 1 - p_L, its schedule and scale, and whether its blocks are compiled."""
     mode: str
     rate: float
     schedule: str = 'linear'
     compiled: bool = False
+    scale: str = 'train'
 
     @property
     def name(self) -> str:
@@ -50,7 +51,7 @@ def build(model: str, entry: Entry) -> Any:
     """The network of an entry; those of other libraries get the paper's rates."""
     network: Any = timm.create_model(model, drop_path_rate=0.)
     if entry.mode in timm_sd.MODES:
-        timm_sd.add_stochastic_depth(network, entry.rate, entry.schedule, entry.mode)
+        timm_sd.add_stochastic_depth(network, entry.rate, entry.schedule, entry.mode, entry.scale)
     elif entry.mode.startswith('torchvision-'):
         residuals, _ = residual_blocks(network)
         rates = timm_sd.drop_path_rates(len(residuals), entry.rate, entry.schedule)

@@ -140,6 +140,7 @@ def throughput_parser() -> Parser:
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['constant', 'batch', 'sample'])
     parser.add_argument('--drop-path', nargs='+', type=rate, default=[0.5], help='1 - p_L, above 0')
     parser.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES, default='linear')
+    parser.add_argument('--drop-path-scale', choices=timm_sd.SCALES, default='train', help='of mode batch')
     parser.add_argument('--compiled', action='store_true', help='time each mode with compiled branches too')
     parser.add_argument('--torchcompile-mode', help='of torch.compile, such as reduce-overhead (CUDA graphs)')
     parser.add_argument('-b', '--batch-size', type=count, default=128)
@@ -180,7 +181,8 @@ def main() -> None:
     check(args)
     accelerator = Accelerator()
     amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
-    entries = [Entry(mode, value, args.drop_path_schedule, compiled)
+    scales = {'batch': args.drop_path_scale}  # the others know 'train' alone
+    entries = [Entry(mode, value, args.drop_path_schedule, compiled, scales.get(mode, 'train'))
                for compiled in ([False, True] if args.compiled else [False])
                for mode in args.modes for value in ([0.] if mode == 'constant' else args.drop_path)]
     if args.profile:
