@@ -13,7 +13,7 @@ from config import read_recipe, tokens
 # on handwritten digits, by the recipe quickstart, and shows nothing about the paper.
 BUDGETS: dict[str, dict[str, int]] = dict(
     full={recipe: paper.EPOCHS[recipe] for recipe in ('cifar10', 'cifar100', 'svhn', 'imagenet', 'cifar10_1202')},
-    short=dict(cifar10=16, cifar100=16, svhn=4, imagenet=4, cifar10_1202=10),
+    short=dict(cifar10=8, cifar100=8, svhn=4, imagenet=4, cifar10_1202=8),
     smoke=dict(cifar10=4, cifar100=4, svhn=4, imagenet=4, cifar10_1202=4),
 )
 
