@@ -1,4 +1,4 @@
-"""Whole epochs, timed from outside: train.py on one process and on two, and timm's own train.py on the same data.
+"""Whole epochs, timed from outside: train.py, two runs of it at once, one on two processes, and timm's own train.py.
 
 An epoch's time is that between two rows of summary.csv, which both scripts write when an epoch is done: training,
 validation on the same test images, and saving. The first epoch, with start-up and warm-up, doesn't count.
@@ -6,6 +6,7 @@ validation on the same test images, and saving. The first epoch, with start-up a
 import argparse
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,8 @@ def write_subset(folder: Path, args: argparse.Namespace) -> None:
         data.to_parquet(str(folder / f'{split}-00000-of-00001.parquet'))
 
 
-def commands(model: str, data: Path, output: Path, args: argparse.Namespace) -> dict[str, list[str]]:
-    """The command lines, by name."""
+def commands(model: str, data: Path, output: Path, args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """The contestants by name, each one or several command lines that run at the same time."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -55,39 +56,52 @@ def commands(model: str, data: Path, output: Path, args: argparse.Namespace) -> 
     size = args.batch_size
     launch = ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
               '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port)]
+    half = ['--threads', str(max(1, cores() // 2)), '-b', str(size)]
     found = {
-        'train.py': [sys.executable, TRAIN, *ours, 'one', '-b', str(size)],
-        'train.py, 2 processes': [*launch, TRAIN, *ours, 'two', '-b', str(size // 2), '--require-processes', '2'],
+        'train.py': [[sys.executable, TRAIN, *ours, 'one', '-b', str(size)]],
+        'train.py, 2 runs at once': [[sys.executable, TRAIN, *ours, name, *half] for name in ('left', 'right')],
+        'train.py, 2 processes': [[*launch, TRAIN, *ours, 'two', '-b', str(size // 2), '--require-processes', '2']],
     }
     if args.timm_train:
-        found["timm's train.py"] = [
+        found["timm's train.py"] = [[
             sys.executable, '-m', 'timm_sd', args.timm_train, *shared, '--model-kwargs', 'drop_path_mode=sample',
             '--dataset', f'hfds/{data}', '--input-key', 'img', '--target-key', 'label', '--num-classes', '10',
             '--val-split', 'test', '--train-crop-mode', 'rkrc', '--color-jitter', '0', '--device', 'cpu',
             *(['--amp', '--amp-dtype', 'bfloat16'] if amp else []), '-b', str(size), '-j', str(cores()),
             '--no-prefetcher', '--sched', 'step', '--warmup-epochs', '0', '--log-interval', '1000',
-            '--experiment', 'timm']
+            '--experiment', 'timm']]
     return found
 
 
-def epoch_seconds(command: list[str], summary: Path, epochs: int) -> list[float]:
-    """Runs a training that writes `summary` and returns the seconds of each epoch but the first."""
-    env = dict(os.environ, ACCELERATE_USE_CPU='true') if 'accelerate' in command else dict(os.environ)
+def rows_of(command: list[str]) -> int:
+    """Epochs that this training has written to its summary.csv."""
+    output, name = (command[command.index(flag) + 1] for flag in ('--output', '--experiment'))
+    summary = Path(output, name, 'summary.csv')
+    return len(summary.read_text().splitlines()) - 1 if summary.exists() else 0
+
+
+def epoch_seconds(together: list[list[str]], epochs: int) -> list[float]:
+    """Runs trainings at the same time; seconds of each epoch but the first, divided by how many they are."""
+    ends: list[list[float]] = [[] for _ in together]
     with tempfile.TemporaryFile('w+') as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        ends: list[float] = []
+        processes = [subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT,
+            env=dict(os.environ, ACCELERATE_USE_CPU='true') if 'accelerate' in command else dict(os.environ))
+            for command in together]
         try:
-            while process.poll() is None and len(ends) < epochs:
+            while min(map(len, ends)) < epochs and not any(process.poll() for process in processes):
                 time.sleep(0.02)
-                rows = len(summary.read_text().splitlines()) - 1 if summary.exists() else 0
-                ends += [time.perf_counter()] * (rows - len(ends))
+                for command, own in zip(together, ends, strict=True):
+                    own += [time.perf_counter()] * (rows_of(command) - len(own))
         finally:
-            process.terminate()
-            process.wait()
-        if len(ends) < epochs:
+            for process in processes:
+                process.terminate()
+                process.wait()
+        if min(map(len, ends)) < epochs:
             log.seek(0)
-            raise UserError(f'{" ".join(command[:4])} ... failed: {log.read()[-1500:]}')
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            raise UserError(f'{" ".join(together[0][:4])} ... failed: {log.read()[-1500:]}')
+    return [statistics.mean(after - before for before, after in pairs) / len(together)
+            for pairs in zip(*(list(zip(own, own[1:], strict=False)) for own in ends), strict=True)]
 
 
 def time_epochs(model: str, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -99,7 +113,6 @@ def time_epochs(model: str, args: argparse.Namespace) -> dict[str, list[float]]:
         write_subset(data, args)
         for repeat in range(args.repeats):
             turn = commands(model, data, Path(scratch, f'turn-{repeat}'), args)
-            for name, command in tqdm(turn.items(), desc=f'{model}, turn {repeat + 1} of {args.repeats}'):
-                output = Path(command[command.index('--output') + 1], command[command.index('--experiment') + 1])
-                seconds.setdefault(name, []).extend(epoch_seconds(command, output / 'summary.csv', args.epochs))
+            for name, together in tqdm(turn.items(), desc=f'{model}, turn {repeat + 1} of {args.repeats}'):
+                seconds.setdefault(name, []).extend(epoch_seconds(together, args.epochs))
     return seconds

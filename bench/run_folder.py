@@ -29,6 +29,7 @@ from config import UserError, cores
 # flags that may differ between a run and its resumption: they change nothing that is computed
 _FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
          'batch_size', 'require_processes')
+PART = 15 * 2**20
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -47,6 +48,29 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f'{path} can not be written ({error.strerror}); what was saved before is good') from error
+
+
+def write_parts(path: Path, content: bytes) -> None:
+    """Writes a large file as several, `path` and `path`.1, .2 and so on, none larger than `PART`.
+
+    `path` itself comes last: it says that the others are there. A run's state then passes through what limits the size
+    of a file, and that of 1202 layers is 155 MB.
+    """
+    parts = [content[start:start + PART] for start in range(0, len(content), PART)]
+    for number, part in reversed(list(enumerate(parts))):
+        write_atomic(path.with_name(f'{path.name}.{number}') if number else path, part)
+
+
+def read_parts(path: Path) -> bytes:
+    """What `write_parts` wrote."""
+    others = sorted(path.parent.glob(f'{path.name}.*'), key=lambda part: int(part.suffix[1:]))
+    return b''.join(part.read_bytes() for part in (path, *others))
+
+
+def remove_parts(path: Path) -> None:
+    """Removes what `write_parts` wrote; the parts last, which are nothing without `path`."""
+    for part in (path, *path.parent.glob(f'{path.name}.*')):
+        part.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -112,26 +136,28 @@ class RunFolder:
         writer.writerows(rows)
         write_atomic(self.path / 'summary.csv', text.getvalue().encode())
 
-    def best_weights(self, best_epoch: int) -> Path:
-        """Where the weights of the best epoch lie; numbered, as checkpoints are, by the epochs done."""
-        return self.checkpoints / f'best-{best_epoch + 1:04d}.safetensors'
+    def write_weights(self, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """Writes model.safetensors; metadata that isn't text becomes JSON."""
+        write_atomic(self.path / 'model.safetensors', _as_safetensors(weights, metadata))
 
-    def write_weights(self, path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-        """Writes a plain network's weights as safetensors; metadata that isn't text becomes JSON."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-        write_atomic(path, safetensors.torch.save(tensors, dict(texts, format='pt')))
+    def save_best(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
+        """Keeps the weights of the best epoch so far, numbered, as checkpoints are, by the epochs done."""
+        write_parts(self.checkpoints / f'best-{epoch + 1:04d}.safetensors', _as_safetensors(weights, dict(epoch=epoch)))
+
+    def load_best(self, epoch: int) -> dict[str, torch.Tensor]:
+        """What `save_best` kept of this epoch."""
+        return safetensors.torch.load(read_parts(self.checkpoints / f'best-{epoch + 1:04d}.safetensors'))
 
     def save_checkpoint(self, state: dict[str, Any], history: int) -> None:
         """Saves the state after `state['epoch']` epochs, then removes all but the last `history`."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomic(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
+        write_parts(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
         for old in sorted(self.checkpoints.glob('checkpoint-*.pt'))[:-history]:
-            old.unlink()
+            remove_parts(old)
         # One more than the checkpoints kept: each of them may name weights of its own, and a resume needs them.
         for old in sorted(self.checkpoints.glob('best-*.safetensors'))[:-history - 1]:
-            old.unlink()
+            remove_parts(old)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest whole checkpoint, or None; a damaged one is passed over with a warning."""
@@ -146,8 +172,8 @@ class RunFolder:
 
     def remove_after(self, epochs: int) -> None:
         """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""
-        for path in (*self.checkpoints.glob('checkpoint-*.pt'), *self.checkpoints.glob('best-*.safetensors')):
-            if int(path.stem.partition('-')[2]) > epochs:
+        for path in (*self.checkpoints.glob('checkpoint-*.pt*'), *self.checkpoints.glob('best-*.safetensors*')):
+            if int(path.name.partition('-')[2].partition('.')[0]) > epochs:
                 path.unlink()
 
 
@@ -163,12 +189,20 @@ def load_raw_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         tensor.copy_(state[name])
 
 
+def _as_safetensors(weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> bytes:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    return safetensors.torch.save(tensors, dict(texts, format='pt'))
+
+
 def _load(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:
+    content = io.BytesIO(read_parts(path))
+    with zipfile.ZipFile(content) as archive:
         damaged = archive.testzip()  # torch.load doesn't check the CRCs
     if damaged is not None:
         raise ValueError(f'wrong CRC in {damaged}')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    content.seek(0)
+    return torch.load(content, map_location='cpu', weights_only=True)
 
 
 def _differences(args: dict[str, Any], old: dict[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import timm
 import torch
 from accelerate import Accelerator
@@ -168,7 +167,7 @@ def train(job: Run) -> dict[str, Any]:
         if val['top1'] > state['best_top1'] or args.val_split == args.test_split:
             state.update(best_epoch=epoch, best_top1=val['top1'])
             if accelerator.is_main_process:
-                folder.write_weights(folder.best_weights(epoch), job.model.state_dict(), dict(epoch=epoch))
+                folder.save_best(job.model.state_dict(), epoch)
         return val
 
     def before_update(step: int) -> None:
@@ -231,7 +230,7 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     is_copy = not args.data_dir or len(job.class_names) == timm.get_pretrained_cfg_value(args.model, 'num_classes')
     dataset = args.dataset if is_copy else Path(args.data_dir).name
     last = test(job, job.model.state_dict())
-    weights = safetensors.torch.load_file(folder.best_weights(state['best_epoch']))
+    weights = folder.load_best(state['best_epoch'])
     best = test(job, weights)
     epoch_seconds = statistics.median(row['train_seconds'] for row in rows)  # robust to a machine's other work
     origin = dict(
@@ -250,7 +249,7 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
         hardware=hardware(job.accelerator, args.amp), versions=versions(), args=vars(args))
     if job.accelerator.is_main_process:
         folder.write_summary(rows)
-        folder.write_weights(folder.path / 'model.safetensors', weights, dict(
+        folder.write_weights(weights, dict(
             origin, selected_epoch=state['best_epoch'], test_top1_err=best['top1_err'],
             test_top1_err_last_epoch=last['top1_err'], timm_sd=timm_sd.__version__))
         save_curves(rows, results, folder.path / 'curves.png')

@@ -44,13 +44,13 @@ def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
         Experiment().flags(budget, 0, None) for budget in ('full', 'short')))
     assert full['--epochs'] == '500'
     assert '--decay-milestones' not in full  # the recipe's
-    assert (short['--epochs'], short['--decay-milestones']) == ('16', '9')
+    assert (short['--epochs'], short['--decay-milestones']) == ('8', '5')
     for flag in ('-c', '--model', '--drop-path', '--drop-path-scale'):
         assert full[flag] == short[flag]
 
 
 @pytest.mark.parametrize(('experiment', 'epochs'), [
-    (TABLE1['cifar10'][1], [8, 4, 4]), (TABLE1['svhn'][1], [2, 1, 1]), (DEPTH1202[1], [1, 4, 2, 3])])
+    (TABLE1['cifar10'][1], [4, 2, 2]), (TABLE1['svhn'][1], [2, 1, 1]), (DEPTH1202[1], [1, 3, 2, 2])])
 def test_a_short_schedule_has_every_phase(experiment, epochs):
     args = parse(train_parser(), experiment.flags('short', 0, None))
     _, scheduler = build_optimizer(args, torch.nn.Linear(1, 1), 1)
