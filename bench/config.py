@@ -147,6 +147,11 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, dict(values))
 
 
+def add_key_values(parser: argparse._ActionsContainer, flag: str, help: str | None = None) -> None:
+    """A flag of any number of KEY=VALUE, which becomes a dict."""
+    parser.add_argument(flag, nargs='*', type=_key_value, action=_KeyValues, default={}, metavar='KEY=VALUE', help=help)
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what the data is, common to train.py and validate.py."""
     group = parser.add_argument_group('data')
@@ -175,8 +180,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model', default='sd_resnet110_cifar', help="timm's name of the network")
     group.add_argument('--pretrained', action=argparse.BooleanOptionalAction, default=False,
                        help='start from the published weights')
-    group.add_argument('--model-kwargs', nargs='*', type=_key_value, action=_KeyValues, default={},
-                       metavar='KEY=VALUE')
+    add_key_values(group, '--model-kwargs')
     group.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
     group.add_argument('--channels-last', action=argparse.BooleanOptionalAction, default=True)
 

@@ -10,7 +10,8 @@ import paper
 from config import read_recipe, tokens
 
 # Epochs of each recipe by budget; the recipe's milestones and warm-up shrink with them. `smoke` tries the machinery
-# on handwritten digits, by the recipe quickstart, and shows nothing about the paper.
+# on handwritten digits, by the recipe quickstart, and shows nothing about the paper. Runs are found by the budget's
+# name: other epochs want another name.
 BUDGETS: dict[str, dict[str, int]] = dict(
     full={recipe: paper.EPOCHS[recipe] for recipe in ('cifar10', 'cifar100', 'svhn', 'imagenet', 'cifar10_1202')},
     short=dict(cifar10=8, cifar100=8, svhn=4, imagenet=4, cifar10_1202=8),
@@ -45,6 +46,11 @@ class Experiment:
             return f'sd_resnet{self.depth}'
         return f'sd_resnet{self.depth}_cifar.{dict(cifar100="c100", svhn="svhn").get(self.recipe, "c10")}'
 
+    @property
+    def data(self) -> str:
+        """The data set, and the name of a folder that holds a copy of it."""
+        return self.recipe.partition('_')[0]
+
     def name(self, budget: str, seed: int | str) -> str:
         """Of the run folder; what the paper does goes without saying. With '*' for the seed a pattern for all."""
         gates = f'{1 - self.drop_path:g}-{self.schedule}' if self.drop_path else 'constant'
@@ -52,13 +58,13 @@ class Experiment:
             not self.augment)
         return '-'.join([self.recipe, str(self.depth), gates, *other, budget, str(seed)])
 
-    def flags(self, budget: str, seed: int, data: str | None) -> list[str]:
+    def flags(self, budget: str, seed: int, data: Path | None) -> list[str]:
         """The command line of train.py, without where to put the run folder.
 
         Args:
             budget: Of `BUDGETS`.
             seed: Of the run.
-            data: Folder that holds a local copy of the data set under the recipe's name, or None for the Hub.
+            data: Folder that holds a local copy of the data set under its name, or None for the Hub.
         """
         name = 'quickstart' if budget == 'smoke' else self.recipe
         recipe, epochs = read_recipe(name), BUDGETS[budget][self.recipe]
@@ -77,7 +83,7 @@ class Experiment:
         if budget == 'smoke':
             changed['img_size'] = 16
         elif data is not None:
-            changed['data_dir'] = str(Path(data, self.recipe.partition('_')[0]))
+            changed['data_dir'] = str(data / self.data)
         return ['-c', name, *tokens(changed)]
 
 

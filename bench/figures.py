@@ -128,9 +128,9 @@ def save_losses(constant: list[dict[str, float]], stochastic: list[dict[str, flo
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
     for rows, style in ((constant, CONSTANT), (stochastic, STOCHASTIC)):
-        epochs = [row['epoch'] + 1 for row in rows]
-        left.semilogy(epochs, [row['train_loss'] for row in rows], **style)
-        right.plot(epochs, [100 - row['eval_top1'] for row in rows], **style)
+        epochs, some = [row['epoch'] + 1 for row in rows], max(1, len(rows) // 20)
+        left.semilogy(epochs, [row['train_loss'] for row in rows], markevery=some, **style)
+        right.plot(epochs, [100 - row['eval_top1'] for row in rows], markevery=some, **style)
     left.set(xlabel='epoch', ylabel='training loss')
     right.set(xlabel='epoch', ylabel='validation error (%)')
     left.legend(frameon=False)
@@ -147,7 +147,8 @@ def save_gradients(constant: list[dict[str, float]], stochastic: list[dict[str, 
     """
     figure, axes = plt.subplots(figsize=(7, 3.6), layout='constrained')
     for rows, style in ((constant, CONSTANT), (stochastic, STOCHASTIC)):
-        axes.semilogy([row['epoch'] + 1 for row in rows], [row['grad_magnitude'] for row in rows], **style)
+        axes.semilogy([row['epoch'] + 1 for row in rows], [row['grad_magnitude'] for row in rows],
+                      markevery=max(1, len(rows) // 20), **style)
     for before, row in zip(constant, constant[1:], strict=False):
         if row['lr'] < before['lr']:
             axes.axvline(row['epoch'] + 0.5, color='0.7', lw=1)

@@ -34,26 +34,44 @@ class Found(NamedTuple):
     results: list[dict[str, Any]]
     rows: list[list[dict[str, float]]]
 
-    def mean(self, *keys: str) -> float | None:
-        """Of a value in results.json; None if nothing was run."""
-        values = [self._value(results, keys) for results in self.results]
-        return statistics.mean(values) if values else None
+    @property
+    def errors(self) -> list[float]:
+        return [results['test_best']['top1_err'] for results in self.results]
 
-    @staticmethod
-    def _value(results: Any, keys: Sequence[str]) -> float:
-        for key in keys:
-            results = results[key]
-        return float(results)
+    @property
+    def seconds(self) -> list[float]:
+        """Of an epoch's steps."""
+        return [results['epoch_seconds'] for results in self.results]
 
-    def epochs(self) -> str:
-        """Epochs of these runs as a cell."""
-        return ', '.join(sorted({str(results['epochs']) for results in self.results}))
 
-    def error(self) -> str:
-        """The test error as a cell."""
-        errors = [self._value(results, ('test_best', 'top1_err')) for results in self.results]
-        spread = f' ± {statistics.stdev(errors):.2f}' if len(errors) > 1 else ''
-        return f'{statistics.mean(errors):.2f}{spread}' if errors else ''
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and of several the standard deviation; nothing of nothing."""
+    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
+
+
+def machine(*found: Found) -> str:
+    """What all of these runs were made on; 'several' if it wasn't the same, down to threads and precision."""
+    kinds = {json.dumps(results['hardware']) for runs in found for results in runs.results}
+    if len(kinds) > 1:
+        return 'several'
+    return ''.join(f'{kind["device"]}, {"bf16" if kind["amp"] else "fp32"}' for kind in map(json.loads, kinds))
+
+
+def time_ratio(ours: Found, base: Found) -> str:
+    """Of the seconds an epoch, where both were run on the same machine."""
+    comparable = ours.results and base.results and machine(ours, base) != 'several'
+    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if comparable else ''
+
+
+def named(budget: str) -> str:
+    """A budget of CIFAR-10 with its epochs, for the head of a row."""
+    return f'{budget}, {BUDGETS[budget]["cifar10"]} epochs'
+
+
+def epochs(*found: Found) -> str:
+    """Epochs of these runs."""
+    return ', '.join(sorted({str(results['epochs']) for runs in found for results in runs.results}))
 
 
 class Report:
@@ -88,10 +106,9 @@ class Report:
         for data, (constant, stochastic) in runs.items():
             for budget in self.budgets((constant, stochastic)):
                 ours = [self.find(run, budget) for run in (constant, stochastic)]
-                both = Found(ours[0].results + ours[1].results, [])
-                seeds = f'{len(ours[0].results)} and {len(ours[1].results)}' if both.results else ''
+                seeds = f'{len(ours[0].results)} and {len(ours[1].results)}' if epochs(*ours) else ''
                 lines.append(f'| {NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
-                             f'| {ours[0].error()} | {ours[1].error()} | {both.epochs()} '
+                             f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {epochs(*ours)} '
                              f'| {budget if seeds else ""} | {seeds} |')
         return '\n'.join(lines)
 
@@ -99,20 +116,17 @@ class Report:
         """Training time."""
         lines = ['## Table 2: training time\n',
                  "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median).\n",
-                 '| data | paper: constant | stochastic | ratio | ours: constant | stochastic | ratio | budget | on |',
-                 '|---|---|---|---|---|---|---|---|---|']
+                 '| data | paper: constant | stochastic | ratio '
+                 '| ours: constant | stochastic | ratio | epochs | budget | on |',
+                 '|---|---|---|---|---|---|---|---|---|---|']
         for data, hours in paper.TABLE2.items():
             for budget in self.budgets(TABLE1[data]):
-                found = [self.find(run, budget) for run in TABLE1[data]]
-                seconds = [runs.mean('epoch_seconds') for runs in found]
-                cells = ['' if value is None else f'{value:.0f}' for value in seconds]
-                devices = {json.dumps(results['hardware']) for runs in found for results in runs.results}
-                device = json.loads(devices.pop())['device'] if len(devices) == 1 else 'several' if devices else ''
-                constant, stochastic = seconds
-                ratio = f'{stochastic / constant:.3f}' if constant and stochastic and device != 'several' else ''
+                constant, stochastic = (self.find(run, budget) for run in TABLE1[data])
+                on = machine(constant, stochastic)
                 lines.append(f'| {NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
-                             f'| {hours.stochastic / hours.constant:.3f} | {cells[0]} | {cells[1]} | {ratio} '
-                             f'| {budget if device else ""} | {device} |')
+                             f'| {hours.stochastic / hours.constant:.3f} | {cell(constant.seconds, 0)} '
+                             f'| {cell(stochastic.seconds, 0)} | {time_ratio(stochastic, constant)} '
+                             f'| {epochs(constant, stochastic)} | {budget if on else ""} | {on} |')
         return '\n'.join(lines)
 
     def curves(self) -> str:
@@ -137,14 +151,14 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
                 continue
             constant, stochastic = (runs.rows[0] for runs in found)
             losses = [rows[-1]['train_loss'] for rows in (constant, stochastic)]
-            parts[0] += (f'\nOurs, `{budget}`: {losses[0]:.2g} and {losses[1]:.2g}.\n'
+            parts[0] += (f'\nOurs, `{budget}`, {epochs(*found)} epochs: {losses[0]:.2g} and {losses[1]:.2g}.\n'
                          f'\n![training loss and validation error](fig3-{budget}.png)\n')
             save_losses(constant, stochastic, self.folder / f'fig3-{budget}.png')
             phases = zip(*([statistics.mean(row['grad_magnitude'] for row in phase) * 1e5
                             for _, phase in groupby(rows, key=lambda row: row['lr'])]
                            for rows in (constant, stochastic)), strict=True)
             for number, means in enumerate(phases, 1):
-                parts[1] += (f'\n| `{budget}` | {number} | {means[0]:.3f} | {means[1]:.3f} '
+                parts[1] += (f'\n| `{budget}`, {epochs(*found)} epochs | {number} | {means[0]:.3f} | {means[1]:.3f} '
                              f'| {means[1] / means[0]:.1f} |')
             pictures.append(f'![gradient magnitudes](fig7-{budget}.png)')
             save_gradients(constant, stochastic, self.folder / f'fig7-{budget}.png')
@@ -160,14 +174,13 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
             ours: dict[str, dict[float, float]] = {}
             for schedule, errors in paper.FIG8_LEFT.items():
                 found = {value: self.find(FIG8_LEFT[schedule, value], budget) for value in errors}
-                ours[schedule] = {value: runs.mean('test_best', 'top1_err') or 0. for value, runs in found.items()
-                                  if runs.results}
+                ours[schedule] = {value: statistics.mean(runs.errors) for value, runs in found.items() if runs.errors}
                 for who, cells in (('paper', {value: f'{error:.2f}' for value, error in errors.items()}),
-                                   (f'`{budget}`', {value: runs.error() for value, runs in found.items()})):
+                                   (named(budget), {value: cell(runs.errors) for value, runs in found.items()})):
                     lines.append(f'| {who}, {schedule} | ' + ' | '.join(
                         cells.get(value, '') for value in probabilities) + ' |')
             if any(ours.values()):
-                save_survival(ours, paper.FIG8_LEFT, budget, self.folder / f'fig8_left-{budget}.png')
+                save_survival(ours, paper.FIG8_LEFT, named(budget), self.folder / f'fig8_left-{budget}.png')
                 lines.append(f'\n![test error over p_L](fig8_left-{budget}.png)\n')
         return '\n'.join(lines)
 
@@ -175,17 +188,17 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
         """Figure 8, right: test error over depth and p_L."""
         lines = ['## Figure 8, right: depth and p_L on CIFAR-10+, linear decay\n']
         for budget in self.budgets(FIG8_RIGHT.values()):
-            lines += ['| p_L | ' + ' | '.join(f'{depth} layers: paper | `{budget}`' for depth in paper.DEPTHS) + ' |',
-                      '|---' * (2 * len(paper.DEPTHS) + 1) + '|']
+            lines += [f"The paper's / ours ({named(budget)}):\n",
+                      '| p_L | ' + ' | '.join(f'{depth} layers' for depth in paper.DEPTHS) + ' |',
+                      '|---' * (len(paper.DEPTHS) + 1) + '|']
             ours: dict[float, dict[int, float]] = {}
             for p_last, errors in paper.FIG8_RIGHT.items():
                 found = {depth: self.find(FIG8_RIGHT[depth, p_last], budget) for depth in paper.DEPTHS}
-                ours[p_last] = {depth: runs.mean('test_best', 'top1_err') or 0. for depth, runs in found.items()
-                                if runs.results}
+                ours[p_last] = {depth: statistics.mean(runs.errors) for depth, runs in found.items() if runs.errors}
                 lines.append(f'| {p_last:g} | ' + ' | '.join(
-                    f'{errors[depth]:.2f} | {found[depth].error()}' for depth in paper.DEPTHS) + ' |')
+                    f'{errors[depth]:.2f} / {cell(found[depth].errors)}' for depth in paper.DEPTHS) + ' |')
             if any(ours.values()):
-                save_map(paper.FIG8_RIGHT, ours, budget, self.folder / f'fig8_right-{budget}.png')
+                save_map(paper.FIG8_RIGHT, ours, named(budget), self.folder / f'fig8_right-{budget}.png')
                 lines.append(f'\n![test error over depth and p_L](fig8_right-{budget}.png)\n')
         return '\n'.join(lines)
 
@@ -198,13 +211,11 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
                  '| dropped | test error | seconds an epoch | of constant depth | epochs | budget | seeds |',
                  '|---|---|---|---|---|---|---|']
         for budget in self.budgets(MODES.values()):
-            base = self.find(Experiment(drop_path=0.), budget).mean('epoch_seconds')
+            base = self.find(Experiment(drop_path=0.), budget)
             for name, run in {'nothing': Experiment(drop_path=0.), **MODES}.items():
                 found = self.find(run, budget)
-                seconds = found.mean('epoch_seconds')
-                lines.append(f'| {name} | {found.error()} | {"" if seconds is None else f"{seconds:.0f}"} '
-                             f'| {f"{seconds / base:.3f}" if seconds and base else ""} '
-                             f'| {found.epochs()} | {budget if found.results else ""} | {len(found.results) or ""} |')
+                lines.append(f'| {name} | {cell(found.errors)} | {cell(found.seconds, 0)} | {time_ratio(found, base)} '
+                             f'| {epochs(found)} | {budget if found.results else ""} | {len(found.results) or ""} |')
         return '\n'.join(lines)
 
     def write(self) -> Path:

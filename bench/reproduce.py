@@ -9,6 +9,7 @@ A run that is complete is not started again, a half-done one goes on from its la
 same line again. The report is made from each finished run's results.json and summary.csv, copied to results/runs/.
 """
 import argparse
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,15 @@ from typing import Any
 from tqdm import tqdm
 
 import timm_sd
-from config import Parser, UserError, cores, count, parse, rate, run
-from contestants import Entry, time_in_turns
+from config import Parser, UserError, add_key_values, cores, count, parse, rate, run
+from contestants import Contestant, Entry, build
 from experiments import BUDGETS, TARGETS, Experiment
 from report import Report
-from run_folder import write_atomic
+from run_folder import RunFolder, write_atomic
 
 TRAIN = str(Path(__file__).parent / 'train.py')
+# of each data set, in training, and validated in an epoch: of SVHN 23 times
+IMAGES = dict(digits=(336, 112), cifar10=(45000, 5000), cifar100=(45000, 5000), svhn=(598388, 23 * 6000))
 
 
 def reproduce_parser() -> Parser:
@@ -33,13 +36,14 @@ def reproduce_parser() -> Parser:
     parser.add_argument('target', choices=[*TARGETS, 'report'], help='table or figure; report writes REPRODUCTION.md')
     parser.add_argument('--budget', choices=BUDGETS, default='full', help="the paper's epochs, or less")
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], metavar='SEED', help='a run for each')
-    parser.add_argument('--data', metavar='FOLDER', help='holds cifar10/, svhn/ and so on (default: the Hub)')
+    parser.add_argument('--data', type=Path, metavar='FOLDER', help='holds cifar10/, svhn/ ... (default: the Hub)')
     parser.add_argument('--depth', type=count, nargs='+', help='only these depths')
     parser.add_argument('--drop-path', type=rate, nargs='+', help='only these 1 - p_L')
     parser.add_argument('--processes', type=count, default=1, metavar='N', help='runs at the same time on this machine')
     parser.add_argument('--cluster', help="submitit's name of a cluster: slurm, or local to try it here")
-    parser.add_argument('--cluster-options', nargs='*', default=[], metavar='KEY=VALUE',
-                        help="submitit's, such as timeout_min=1440 slurm_partition=gpu gpus_per_node=1")
+    add_key_values(parser, '--cluster-options',
+                   help="submitit's, such as timeout_min=1440 slurm_partition=gpu gpus_per_node=1")
+    parser.add_argument('--grad-checkpointing', action='store_true', help="train.py's, where 1202 layers don't fit")
     parser.add_argument('--plan', action='store_true', help='list the runs and an estimate of their time; run nothing')
     parser.add_argument('--output', default='output/reproduce', help='folder of the run folders')
     parser.add_argument('--results', help='folder of the report, and of what it is made from (default: results/ beside '
@@ -57,11 +61,15 @@ def chosen(args: Any) -> list[tuple[Experiment, int]]:
             if args.depth is None or experiment.depth in args.depth
             if args.drop_path is None or experiment.drop_path in args.drop_path]
     if not runs:
-        depths, rates = ({getattr(run, key) for run in TARGETS[args.target]} for key in ('depth', 'drop_path'))
-        raise UserError(f'{args.target} has no run of --depth {args.depth} and --drop-path {args.drop_path}; it has '
-                        f'depths {sorted(depths)} and rates {sorted(rates)}')
-    if args.data is not None and not Path(args.data).is_dir():
-        raise UserError(f'--data {args.data} is no folder')
+        given = [key for key in ('depth', 'drop_path') if getattr(args, key) is not None]
+        there = {key: sorted({getattr(run, key) for run in TARGETS[args.target]}) for key in given}
+        asked, others = (' and '.join(f'--{key.replace("_", "-")} {" ".join(map(str, values[key]))}' for key in given)
+                         for values in (vars(args), there))
+        raise UserError(f'{args.target} has no run of {asked}; it has {others}')
+    if args.data is not None and args.budget != 'smoke':
+        missing = sorted({run.data for run, _ in runs if not (args.data / run.data).is_dir()})
+        if missing:
+            raise UserError(f'--data {args.data} lacks {", ".join(missing)}')
     return list(dict.fromkeys(runs))
 
 
@@ -73,41 +81,41 @@ def done(args: Any, name: str) -> int:
     return 0
 
 
-def step_seconds(experiments: list[Experiment], args: Any) -> dict[Experiment, float]:
-    """Seconds of a training step on this machine: constant depth is timed, and shortened by the blocks that drop.
+def epoch_seconds(experiment: Experiment, budget: str, step: float) -> float:
+    """Estimate from a step of constant depth: shortened by the blocks that drop, with validation, a third of its cost.
 
-    Networks of more than 152 layers are timed at 152, and lengthened.
+    Args:
+        experiment: What to train.
+        budget: Of `BUDGETS`.
+        step: Seconds of a step of 128 images at constant depth.
     """
-    timed = {}
-    flags = argparse.Namespace(amp=None, batch_size=128, steps=2, rounds=2, grad_checkpointing=False,
-                               torchcompile_mode=None)
-    for depth in sorted({min(152, experiment.depth) for experiment in experiments if experiment.recipe != 'imagenet'}):
-        seconds = time_in_turns(f'sd_resnet{depth}_cifar', [Entry('constant', 0.)], flags).seconds
-        timed[depth] = min(next(iter(seconds.values()))) / (depth - 2)
-    found = {}
-    for experiment in experiments:
-        if experiment.recipe != 'imagenet':
-            blocks = (experiment.depth - 2) // 2
-            rates = timm_sd.drop_path_rates(blocks, experiment.drop_path, experiment.schedule)
-            saved = 0. if experiment.mode == 'sample' else sum(rates) / blocks
-            found[experiment] = timed[min(152, experiment.depth)] * (experiment.depth - 2) * (1 - saved)
-    return found
+    blocks = (experiment.depth - 2) // 2
+    rates = timm_sd.drop_path_rates(blocks, experiment.drop_path, experiment.schedule)
+    open_share = 1. if experiment.mode == 'sample' else 1 - sum(rates) / blocks
+    train, validation = IMAGES['digits' if budget == 'smoke' else experiment.data]
+    return step * (train * open_share + validation / 3) / 128
 
 
 def print_plan(runs: list[tuple[Experiment, int]], args: Any) -> None:
-    """The runs, how far they are, and how long the rest takes."""
-    images = dict(cifar10=45000, cifar100=45000, cifar10_1202=45000, svhn=598388)
-    seconds = step_seconds([experiment for experiment, _ in runs], args)
-    hours = 0.
+    """The runs, how far they are, and how long the rest takes, one after the other."""
+    flags = argparse.Namespace(amp=None, batch_size=128, steps=3, grad_checkpointing=args.grad_checkpointing)
+    steps: dict[int, float] = {}  # seconds, by depth
+    total = 0.
     print(f'{"run":44}{"epochs":>8}{"done":>6}{"hours left":>12}')
     for experiment, seed in runs:
         name, epochs = experiment.name(args.budget, seed), BUDGETS[args.budget][experiment.recipe]
-        left = epochs - done(args, name)
-        steps = 21 if args.budget == 'smoke' else images.get(experiment.recipe, 0) / 128
-        own = seconds[experiment] * steps * left / 3600 if experiment in seconds else float('nan')
-        hours += own if own == own else 0
-        print(f'{name:44}{epochs:8}{epochs - left:6}{own:12.2f}')
-    print(f'about {hours:.1f} hours on this machine, from a step timed now; ImageNet is not in it')
+        left, hours = epochs - done(args, name), 0.
+        if left and experiment.data != 'imagenet':
+            if experiment.depth not in steps:
+                timed = min(152, experiment.depth)  # what is deeper takes long to try; time is linear in the blocks
+                contestant = Contestant(build(f'sd_resnet{timed}_cifar', Entry('constant', 0.)), flags)
+                turns = [contestant.seconds(contestant.bare, 0) for _ in range(3)]  # the first warms up
+                steps[experiment.depth] = statistics.mean(turns[1:]) * (experiment.depth - 2) / (timed - 2)
+            hours = left * epoch_seconds(experiment, args.budget, steps[experiment.depth]) / 3600
+        total += hours
+        estimate = '?' if left and experiment.data == 'imagenet' else f'{hours:.2f}'
+        print(f'{name:44}{epochs:8}{epochs - left:6}{estimate:>12}', flush=True)
+    print(f'about {total:.1f} hours on this machine, from a step timed now; ImageNet is not in it')
 
 
 def keep(folder: Path, place: Path) -> None:
@@ -127,12 +135,26 @@ def make_executor(args: Any) -> tuple[Any, int | None]:
         raise UserError("--cluster wants submitit; install it with: pip install 'timm-sd[cluster]'") from error
     try:
         executor = submitit.AutoExecutor(Path(args.output, 'submitit'), cluster=args.cluster)
-        options = dict(option.split('=', 1) for option in args.cluster_options)
-        executor.update_parameters(**dict(dict(name='timm-sd', timeout_min=24 * 60), **{
-            key: int(value) if value.isdigit() else value for key, value in options.items()}))
+        executor.update_parameters(**{'name': 'timm-sd', 'timeout_min': 24 * 60, **args.cluster_options})
     except Exception as error:  # submitit's own, of a wrong option, or of a cluster that isn't there
         raise UserError(f'--cluster {args.cluster}: {" ".join(str(error).split())[:200]}') from error
     return executor, None  # the node knows how many cores it gives
+
+
+def command(experiment: Experiment, seed: int, threads: int | None, args: Any) -> list[str]:
+    """The command line that trains a run, or goes on with it in the precision that it was begun in."""
+    name = experiment.name(args.budget, seed)
+    begun = RunFolder(Path(args.output, name)).read_args()
+    return [sys.executable, TRAIN, *experiment.flags(args.budget, seed, args.data), '--output', args.output,
+            '--experiment', name, '--resume', 'auto', *(['--threads', str(threads)] if threads else []),
+            *(['--amp' if begun['amp'] else '--no-amp'] if begun else []),
+            *(['--grad-checkpointing'] if args.grad_checkpointing else [])]
+
+
+def reason(error: Exception, log: str | None) -> str:
+    """Why a run failed, in one line: what train.py says of it, or the end of its traceback, or the engine's word."""
+    lines = [line for line in (log or '').splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if 'error: ' in line), lines[-1] if lines else str(error))
 
 
 def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
@@ -142,24 +164,25 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
         UserError: If some fail; the others go on meanwhile.
     """
     places = {experiment.name(args.budget, seed): (experiment, seed) for experiment, seed in runs}
-    left = [name for name in places if not Path(args.results, 'runs', name, 'results.json').exists()]
+    left = []
+    for name in places:
+        if not Path(args.results, 'runs', name, 'results.json').exists():
+            if Path(args.output, name, 'results.json').exists():  # this was killed before it kept what was complete
+                keep(Path(args.output, name), Path(args.results, 'runs', name))
+            else:
+                left.append(name)
     executor, threads = make_executor(args)
     stderr = subprocess.PIPE if args.cluster is None and args.processes > 1 else None  # one run shows its own bar
-    jobs, failed = {}, []
-    for name in left:
-        experiment, seed = places[name]
-        command = [sys.executable, TRAIN, *experiment.flags(args.budget, seed, args.data), '--output', args.output,
-                   '--experiment', name, '--resume', 'auto', *(['--threads', str(threads)] if threads else [])]
-        jobs[name] = executor.submit(
-            subprocess.run, command, check=True, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
+    jobs = {name: executor.submit(subprocess.run, command(*places[name], threads, args), check=True,
+                                  stdout=subprocess.DEVNULL, stderr=stderr, text=True) for name in left}
+    failed = []
     try:
         for name, job in tqdm(jobs.items(), unit='run', desc=f'{args.target}, {len(places) - len(left)} done before'):
             try:
                 job.result()
             except Exception as error:  # a training's, or submitit's
                 log = job.stderr() if args.cluster else getattr(error, 'stderr', None)
-                lines = [line for line in (log or '').splitlines() if 'error: ' in line]
-                failed.append(f'{name}: {lines[-1] if lines else "see above"}')
+                failed.append(f'{name}: {reason(error, log)}')
             else:
                 keep(Path(args.output, name), Path(args.results, 'runs', name))
     finally:

@@ -67,10 +67,9 @@ def read_parts(path: Path) -> bytes:
     return b''.join(part.read_bytes() for part in (path, *others))
 
 
-def remove_parts(path: Path) -> None:
-    """Removes what `write_parts` wrote; the parts last, which are nothing without `path`."""
-    for part in (path, *path.parent.glob(f'{path.name}.*')):
-        part.unlink(missing_ok=True)
+def epochs_done(path: Path) -> int:
+    """The number in the name of a file in checkpoints/."""
+    return int(path.name.partition('-')[2].partition('.')[0])
 
 
 class RunFolder:
@@ -153,11 +152,12 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_parts(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
-        for old in sorted(self.checkpoints.glob('checkpoint-*.pt'))[:-history]:
-            remove_parts(old)
-        # One more than the checkpoints kept: each of them may name weights of its own, and a resume needs them.
-        for old in sorted(self.checkpoints.glob('best-*.safetensors'))[:-history - 1]:
-            remove_parts(old)
+        # Of the best one more: each checkpoint may name weights of its own, and a resume needs them.
+        for whole, kept in (('checkpoint-*.pt', history), ('best-*.safetensors', history + 1)):
+            oldest = min(sorted(map(epochs_done, self.checkpoints.glob(whole)))[-kept:], default=0)
+            for path in self.checkpoints.glob(f'{whole}*'):  # with parts that a kill left alone
+                if epochs_done(path) < oldest:
+                    path.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest whole checkpoint, or None; a damaged one is passed over with a warning."""
@@ -172,8 +172,8 @@ class RunFolder:
 
     def remove_after(self, epochs: int) -> None:
         """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""
-        for path in (*self.checkpoints.glob('checkpoint-*.pt*'), *self.checkpoints.glob('best-*.safetensors*')):
-            if int(path.name.partition('-')[2].partition('.')[0]) > epochs:
+        for path in self.checkpoints.glob('*-*'):
+            if epochs_done(path) > epochs:
                 path.unlink()
 
 

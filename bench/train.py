@@ -291,6 +291,8 @@ def main() -> None:
     parts = load_parts(args, accelerator.is_main_process and sys.stderr.isatty())
     class_names = parts['train'].class_names
     model = build_model(args, len(class_names)).to(device)
+    if args.log_gradients:
+        first_branch_weight(model)  # if there is none, say so before anything is written
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     batches = {name: make_batches(args, part, model.pretrained_cfg, accelerator, train=name == 'train')

@@ -13,6 +13,8 @@ import torch
 import paper
 from config import parse, train_parser
 from experiments import DEPTH1202, FIG8_RIGHT, TABLE1, TARGETS, Experiment
+from reproduce import command as command_of
+from reproduce import reason, reproduce_parser
 from test_train import bench, command
 from train import build_optimizer
 
@@ -40,7 +42,7 @@ def test_trainings_that_several_figures_need_are_one():
 
 
 def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
-    full, short = (dict(zip(flags[::1], flags[1:], strict=False)) for flags in (
+    full, short = (dict(zip(flags, flags[1:], strict=False)) for flags in (
         Experiment().flags(budget, 0, None) for budget in ('full', 'short')))
     assert full['--epochs'] == '500'
     assert '--decay-milestones' not in full  # the recipe's
@@ -68,6 +70,40 @@ def test_a_complete_run_is_not_started_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob('*') if path.is_file()}
 
 
+def test_a_complete_run_that_was_not_kept_is_kept_without_training(finished, tmp_path):
+    place = tmp_path / 'output' / NAME
+    place.mkdir(parents=True)
+    for name in ('results.json', 'summary.csv'):
+        (place / name).write_bytes((finished / 'output' / NAME / name).read_bytes())
+    result = bench('reproduce.py', *SMALL, *folders(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'results' / 'runs' / NAME / 'results.json').exists()
+    assert len(list(place.iterdir())) == 2
+
+
+def test_goes_on_in_the_precision_of_the_beginning(tmp_path):
+    args = parse(reproduce_parser(), [*SMALL, *folders(tmp_path), '--grad-checkpointing'])
+    run = Experiment(depth=20)
+    assert not {'--amp', '--no-amp'} & set(command_of(run, 0, None, args))
+    folder = tmp_path / 'output' / NAME
+    folder.mkdir(parents=True)
+    for amp, flag in (('true', '--amp'), ('false', '--no-amp')):
+        (folder / 'args.yaml').write_text(f'amp: {amp}')
+        line = command_of(run, 0, None, args)
+        assert flag in line
+        assert parse(train_parser(), line[2:]).grad_checkpointing
+
+
+@pytest.mark.parametrize(('log', 'why'), [
+    ('train.py: error: no\n\nlast', 'train.py: error: no'),
+    ('Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n', 'torch.OutOfMemoryError: CUDA out of memory'),
+    ('', 'died with SIGKILL'),
+    (None, 'died with SIGKILL'),
+])
+def test_the_reason_of_a_failure_is_found(log, why):
+    assert reason(RuntimeError('died with SIGKILL'), log) == why
+
+
 def test_goes_on_after_kill_9_to_the_same_weights(finished, tmp_path):
     process = subprocess.Popen(command('reproduce.py', *SMALL, *folders(tmp_path)), stderr=subprocess.DEVNULL,
                                start_new_session=True)
@@ -93,7 +129,7 @@ def test_report_has_what_was_run_and_empty_cells(finished):
     assert result.returncode == 0, result.stderr
     text = (finished / 'results' / 'REPRODUCTION.md').read_text()
     error = json.loads((finished / 'results' / 'runs' / NAME / 'results.json').read_text())['test_best']['top1_err']
-    assert f'| 0.5 | {paper.FIG8_RIGHT[0.5][20]:.2f} | {error:.2f} | {paper.FIG8_RIGHT[0.5][38]:.2f} |  |' in text
+    assert f'| 0.5 | {paper.FIG8_RIGHT[0.5][20]:.2f} / {error:.2f} | {paper.FIG8_RIGHT[0.5][38]:.2f} /  |' in text
     assert f'| CIFAR-10+ | {paper.TABLE1["cifar10"].constant:.2f} | {paper.TABLE1["cifar10"].stochastic:.2f} |  |  |' \
         in text
     assert (finished / 'results' / 'fig8_right-smoke.png').stat().st_size > 10_000
@@ -138,10 +174,12 @@ def test_submitit_runs_it_too(tmp_path):
 
 
 @pytest.mark.parametrize(('args', 'words'), [
-    (['fig8_right', '--depth', '21'], ['21', '20']),
-    (['table1', '--data', '/nowhere'], ['/nowhere']),
+    (['fig8_right', '--depth', '21'], ['no run of --depth 21', '20 38']),
+    (['fig8_right', '--drop-path', '0.7'], ['no run of --drop-path 0.7', '0.4 0.5']),
+    (['table1', '--data', '/nowhere'], ['/nowhere', 'cifar10, cifar100, imagenet, svhn']),
     (['table3'], ['table3', 'table1']),
     ([*SMALL, '--cluster', 'nowhere'], ['nowhere']),
+    ([*SMALL, '--cluster', 'local', '--cluster-options', 'timeout_min'], ['timeout_min', 'key=value']),
 ])
 def test_mistakes_get_one_line(tmp_path, args, words):
     result = bench('reproduce.py', *args, *folders(tmp_path))
@@ -151,10 +189,10 @@ def test_mistakes_get_one_line(tmp_path, args, words):
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(tmp_path):
-    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'cifar10').mkdir(parents=True)
     result = bench('reproduce.py', 'fig8_right', '--depth', '20', '--drop-path', '0.5', '--budget', 'short',
                    '--processes', '2', '--data', tmp_path / 'data', *folders(tmp_path))
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert 'cifar10-20-0.5-linear-short-0' in last
-    assert 'does not exist' in last
+    assert "doesn't contain any data files" in last

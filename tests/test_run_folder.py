@@ -41,6 +41,10 @@ def test_history_goes_with_all_its_parts(folder):
     folder.save_checkpoint(state(4), history=2)
     epochs = {path.name.partition('.')[0] for path in folder.checkpoints.iterdir()}
     assert epochs == {'checkpoint-0003', 'checkpoint-0004', 'best-0002', 'best-0003', 'best-0004'}
+    orphan = folder.checkpoints / 'checkpoint-0001.pt.1'
+    orphan.write_bytes(b'left by a kill')
+    folder.save_checkpoint(state(4), history=2)
+    assert not orphan.exists()
     folder.remove_after(3)
     assert {path.name.partition('.')[0] for path in folder.checkpoints.iterdir()} == epochs - {
         'checkpoint-0004', 'best-0004'}
