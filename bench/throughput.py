@@ -199,7 +199,8 @@ def main() -> None:
     print_table(rows)
     if args.output:
         prefix = Path(args.output)
-        results = dict(rows=rows, args=vars(args), hardware=hardware(accelerator, amp), versions=versions())
+        flags = dict(vars(args), timm_train=args.timm_train and Path(args.timm_train).name)  # its place says nothing
+        results = dict(rows=rows, args=flags, hardware=hardware(accelerator, amp), versions=versions())
         write_atomic(prefix.with_suffix('.json'), (json.dumps(results, indent=2) + '\n').encode())
         write_atomic(prefix.with_suffix('.csv'), as_csv(rows))
         draw(rows, prefix.with_suffix('.png'))
