@@ -154,6 +154,8 @@ def command(experiment: Experiment, seed: int, threads: int | None, args: Any) -
 def reason(error: Exception, log: str | None) -> str:
     """Why a run failed, in one line: what train.py says of it, or the end of its traceback, or the engine's word."""
     lines = [line for line in (log or '').splitlines() if line.strip()]
+    if not lines and isinstance(error, subprocess.CalledProcessError):  # whose text is the whole command line
+        return f'exit status {error.returncode}'
     return next((line for line in reversed(lines) if 'error: ' in line), lines[-1] if lines else str(error))
 
 
