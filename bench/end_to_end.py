@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from config import UserError, cores, default_amp
 from data import load_split
+from run_folder import RunFolder
 
 TRAIN = str(Path(__file__).parent / 'train.py')
 
@@ -73,16 +74,11 @@ def commands(model: str, data: Path, output: Path, args: argparse.Namespace) -> 
     return found
 
 
-def rows_of(command: list[str]) -> int:
-    """Epochs that this training has written to its summary.csv."""
-    output, name = (command[command.index(flag) + 1] for flag in ('--output', '--experiment'))
-    summary = Path(output, name, 'summary.csv')
-    return len(summary.read_text().splitlines()) - 1 if summary.exists() else 0
-
-
 def epoch_seconds(together: list[list[str]], epochs: int) -> list[float]:
     """Runs trainings at the same time; seconds of each epoch but the first, divided by how many they are."""
     ends: list[list[float]] = [[] for _ in together]
+    folders = [RunFolder(Path(*(command[command.index(flag) + 1] for flag in ('--output', '--experiment'))))
+               for command in together]
     with tempfile.TemporaryFile('w+') as log:
         processes = [subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT,
@@ -91,8 +87,8 @@ def epoch_seconds(together: list[list[str]], epochs: int) -> list[float]:
         try:
             while min(map(len, ends)) < epochs and not any(process.poll() for process in processes):
                 time.sleep(0.02)
-                for command, own in zip(together, ends, strict=True):
-                    own += [time.perf_counter()] * (rows_of(command) - len(own))
+                for folder, own in zip(folders, ends, strict=True):
+                    own += [time.perf_counter()] * (folder.epochs_written() - len(own))
         finally:
             for process in processes:
                 process.terminate()

@@ -25,7 +25,7 @@ import paper
 import timm_sd
 from config import Parser, UserError, check_model_name, parse, run
 from figures import save_gates
-from run_folder import RunFolder, write_atomic
+from run_folder import RunFolder, without_paths, write_atomic
 
 CARDS = Path(__file__).parent.parent / 'hub_cards'
 RESULTS = Path(__file__).parent / 'results'
@@ -108,8 +108,7 @@ def read_run(run_folder: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')
     if dataset_of(results) != meant:
         raise UserError(f'{run_folder} was trained on {results["dataset"]}; {name} stands for {meant}')
-    results['args'].update(data_dir=None, output=None, resume=None)  # paths of this machine
-    return name, results
+    return name, without_paths(results)
 
 
 def write_card_folder(run_folder: Path, results: dict[str, Any], folder: Path, repo: str | None = None) -> None:

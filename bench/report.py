@@ -21,11 +21,11 @@ NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imag
 HEAD = """# Reproduction
 
 Written by `python bench/reproduce.py report` from [runs/](runs), the results.json and summary.csv of each finished run.
-A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch), the mean
-over seeds with its standard deviation where there are several. An empty cell was not run. The budget `short` is the
-paper's recipe in few epochs, its learning rate steps moved in proportion: errors stay far above the paper's, and what
-can be compared is constant against stochastic depth. `smoke` tries the machinery on handwritten digits and says nothing
-about the paper.
+A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
+seed, or the mean over several with its standard deviation. An empty cell was not run. The budget `short` is the paper's
+recipe in few epochs, its learning rate steps moved in proportion. Errors stay far above the paper's, and in few epochs
+what learns fastest wins, shallow networks that drop little: only `full` can be held against the paper. `smoke` tries
+the machinery on handwritten digits and says nothing about it.
 """
 
 
@@ -74,11 +74,17 @@ def epochs(*found: Found) -> str:
     return ', '.join(sorted({str(results['epochs']) for runs in found for results in runs.results}))
 
 
+def gradient_phases(rows: list[dict[str, float]]) -> list[float]:
+    """Mean absolute gradient of a run while the learning rate stays the same, in 1e-5."""
+    return [statistics.mean(row['grad_magnitude'] for row in phase) * 1e5
+            for _, phase in groupby(rows, key=lambda row: row['lr'])]
+
+
 class Report:
     """Finds the runs, and writes REPRODUCTION.md with its pictures beside them.
 
     Args:
-        folder: Holds runs/.
+        folder: Holds runs/, and notes.md if there is something to say of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,7 +121,8 @@ class Report:
     def table2(self) -> str:
         """Training time."""
         lines = ['## Table 2: training time\n',
-                 "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median).\n",
+                 "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median), of runs "
+                 'made one after the other. Steps timed in turns are in [bench/README.md](../README.md).\n',
                  '| data | paper: constant | stochastic | ratio '
                  '| ours: constant | stochastic | ratio | epochs | budget | on |',
                  '|---|---|---|---|---|---|---|---|---|---|']
@@ -130,11 +137,11 @@ class Report:
         return '\n'.join(lines)
 
     def curves(self) -> str:
-        """Figures 3 and 7, from the first seed of each run of CIFAR-10."""
+        """Figures 3 and 7, drawn from the first seed of each run of CIFAR-10."""
         parts = [f"""## Figure 3: training loss and test error on CIFAR-10+
 
 Final training loss in the paper: {paper.FIG3.constant:g} at constant depth, {paper.FIG3.stochastic:g} with stochastic.
-Ours by validation error: the test images are looked at once, when a run is finished.
+Ours by validation error, since the test images are looked at once, when a run is finished; drawn is the first seed.
 """, """## Figure 7: gradients of the first block's first convolution
 
 Mean absolute gradient in the three phases of the learning rate, in 1e-5.
@@ -149,19 +156,18 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
             found = [self.find(run, budget) for run in TABLE1['cifar10']]
             if not all(runs.rows for runs in found):
                 continue
-            constant, stochastic = (runs.rows[0] for runs in found)
-            losses = [rows[-1]['train_loss'] for rows in (constant, stochastic)]
-            parts[0] += (f'\nOurs, `{budget}`, {epochs(*found)} epochs: {losses[0]:.2g} and {losses[1]:.2g}.\n'
+            losses = [cell([rows[-1]['train_loss'] for rows in runs.rows], 4) for runs in found]
+            parts[0] += (f'\nOurs, `{budget}`, {epochs(*found)} epochs: {losses[0]} and {losses[1]}.\n'
                          f'\n![training loss and validation error](fig3-{budget}.png)\n')
-            save_losses(constant, stochastic, self.folder / f'fig3-{budget}.png')
-            phases = zip(*([statistics.mean(row['grad_magnitude'] for row in phase) * 1e5
-                            for _, phase in groupby(rows, key=lambda row: row['lr'])]
-                           for rows in (constant, stochastic)), strict=True)
-            for number, means in enumerate(phases, 1):
-                parts[1] += (f'\n| `{budget}`, {epochs(*found)} epochs | {number} | {means[0]:.3f} | {means[1]:.3f} '
-                             f'| {means[1] / means[0]:.1f} |')
+            phases = zip(*(zip(*map(gradient_phases, runs.rows), strict=True) for runs in found), strict=True)
+            for number, (constant, stochastic) in enumerate(phases, 1):
+                ratio = statistics.mean(stochastic) / statistics.mean(constant)
+                parts[1] += (f'\n| `{budget}`, {epochs(*found)} epochs | {number} | {cell(constant, 3)} '
+                             f'| {cell(stochastic, 3)} | {ratio:.1f} |')
             pictures.append(f'![gradient magnitudes](fig7-{budget}.png)')
-            save_gradients(constant, stochastic, self.folder / f'fig7-{budget}.png')
+            first = found[0].rows[0], found[1].rows[0]
+            save_losses(*first, self.folder / f'fig3-{budget}.png')
+            save_gradients(*first, self.folder / f'fig7-{budget}.png')
         return '\n\n'.join([*parts, *pictures])
 
     def survival(self) -> str:
@@ -211,8 +217,8 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
                  '| dropped | test error | seconds an epoch | of constant depth | epochs | budget | seeds |',
                  '|---|---|---|---|---|---|---|']
         for budget in self.budgets(MODES.values()):
-            base = self.find(Experiment(drop_path=0.), budget)
-            for name, run in {'nothing': Experiment(drop_path=0.), **MODES}.items():
+            base = self.find(TABLE1['cifar10'][0], budget)
+            for name, run in {'nothing': TABLE1['cifar10'][0], **MODES}.items():
                 found = self.find(run, budget)
                 lines.append(f'| {name} | {cell(found.errors)} | {cell(found.seconds, 0)} | {time_ratio(found, base)} '
                              f'| {epochs(found)} | {budget if found.results else ""} | {len(found.results) or ""} |')
@@ -220,10 +226,12 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
 
     def write(self) -> Path:
         """Writes everything; returns the path of REPRODUCTION.md."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         parts = [HEAD, self.pairs('Table 1: test error', TABLE1, paper.TABLE1), self.table2(), self.curves(),
                  self.survival(), self.depth_map(),
                  self.pairs('1202 layers', {'cifar10': DEPTH1202}, {'cifar10': paper.DEPTH1202}), self.modes()]
+        notes = self.folder / 'notes.md'  # what a person has to say of the results
+        if notes.exists():
+            parts.append(notes.read_text())
         path = self.folder / 'REPRODUCTION.md'
         write_atomic(path, ('\n\n'.join(part.strip() for part in parts) + '\n').encode())
         return path

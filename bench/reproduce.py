@@ -1,9 +1,9 @@
 """Re-runs the paper: one command a table or figure, resumable, and a report of what was run.
 
-    python bench/reproduce.py table1 --budget short --data ../shared/data    # trains what is missing
-    python bench/reproduce.py fig8_right --depth 20 38 --plan                # lists it, with an estimate of the time
-    python bench/reproduce.py all --cluster slurm                            # hands it to a cluster (submitit)
-    python bench/reproduce.py report                                         # writes REPRODUCTION.md and its pictures
+    python bench/reproduce.py table1 --recipe cifar10 --budget short --data FOLDER  # trains what is missing
+    python bench/reproduce.py fig8_right --depth 20 38 --plan    # lists it, with an estimate of the time
+    python bench/reproduce.py all --cluster slurm                # hands it to a cluster (submitit)
+    python bench/reproduce.py report                             # writes REPRODUCTION.md and its pictures
 
 A run that is complete is not started again, a half-done one goes on from its last checkpoint: after a kill, run the
 same line again. The report is made from each finished run's results.json and summary.csv, copied to results/runs/.
@@ -19,15 +19,15 @@ from typing import Any
 from tqdm import tqdm
 
 import timm_sd
-from config import Parser, UserError, add_key_values, cores, count, parse, rate, run
+from config import Parser, UserError, add_key_values, cores, count, parse, rate, run, user_errors
 from contestants import Contestant, Entry, build
 from experiments import BUDGETS, TARGETS, Experiment
 from report import Report
-from run_folder import RunFolder, write_atomic
+from run_folder import RunFolder, without_paths, write_atomic
 
 TRAIN = str(Path(__file__).parent / 'train.py')
-# of each data set, in training, and validated in an epoch: of SVHN 23 times
-IMAGES = dict(digits=(336, 112), cifar10=(45000, 5000), cifar100=(45000, 5000), svhn=(598388, 23 * 6000))
+# of each data set, in training, and validated in an epoch: of SVHN 24 times; digits of 16 px cost a quarter
+IMAGES = dict(digits=(1297 / 4, 140 / 4), cifar10=(45000, 5000), cifar100=(45000, 5000), svhn=(598388, 24 * 6000))
 
 
 def reproduce_parser() -> Parser:
@@ -37,9 +37,11 @@ def reproduce_parser() -> Parser:
     parser.add_argument('--budget', choices=BUDGETS, default='full', help="the paper's epochs, or less")
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], metavar='SEED', help='a run for each')
     parser.add_argument('--data', type=Path, metavar='FOLDER', help='holds cifar10/, svhn/ ... (default: the Hub)')
+    parser.add_argument('--recipe', choices=BUDGETS['full'], nargs='+', help='only these data sets')
     parser.add_argument('--depth', type=count, nargs='+', help='only these depths')
     parser.add_argument('--drop-path', type=rate, nargs='+', help='only these 1 - p_L')
-    parser.add_argument('--processes', type=count, default=1, metavar='N', help='runs at the same time on this machine')
+    parser.add_argument('--processes', type=count, default=1, metavar='N',
+                        help='runs at the same time, each on its part of the cores')
     parser.add_argument('--cluster', help="submitit's name of a cluster: slurm, or local to try it here")
     add_key_values(parser, '--cluster-options',
                    help="submitit's, such as timeout_min=1440 slurm_partition=gpu gpus_per_node=1")
@@ -57,28 +59,29 @@ def chosen(args: Any) -> list[tuple[Experiment, int]]:
     Raises:
         UserError: If there are none.
     """
-    runs = [(experiment, seed) for experiment in TARGETS[args.target] for seed in args.seeds
-            if args.depth is None or experiment.depth in args.depth
-            if args.drop_path is None or experiment.drop_path in args.drop_path]
+    there = TARGETS[args.target]
+    wanted = {key: values for key in ('recipe', 'depth', 'drop_path') if (values := getattr(args, key)) is not None}
+    for key, values in wanted.items():
+        has = sorted({getattr(experiment, key) for experiment in there})
+        for value in values:
+            if value not in has:
+                raise UserError(f'{args.target} has no run of --{key.replace("_", "-")} {value}; '
+                                f'it has {" ".join(map(str, has))}')
+    runs = [(experiment, seed) for experiment in there for seed in args.seeds
+            if all(getattr(experiment, key) in values for key, values in wanted.items())]
     if not runs:
-        given = [key for key in ('depth', 'drop_path') if getattr(args, key) is not None]
-        there = {key: sorted({getattr(run, key) for run in TARGETS[args.target]}) for key in given}
-        asked, others = (' and '.join(f'--{key.replace("_", "-")} {" ".join(map(str, values[key]))}' for key in given)
-                         for values in (vars(args), there))
-        raise UserError(f'{args.target} has no run of {asked}; it has {others}')
+        raise UserError(f'{args.target} has no run that is of {" and ".join(map(str, wanted.values()))} at once')
     if args.data is not None and args.budget != 'smoke':
         missing = sorted({run.data for run, _ in runs if not (args.data / run.data).is_dir()})
         if missing:
-            raise UserError(f'--data {args.data} lacks {", ".join(missing)}')
+            raise UserError(f'--data {args.data} lacks {", ".join(missing)}; choose what is there with --recipe')
     return list(dict.fromkeys(runs))
 
 
 def done(args: Any, name: str) -> int:
     """Epochs that are done, by the run's own summary.csv, or of a complete run all of them."""
-    for summary in (Path(args.results, 'runs', name, 'summary.csv'), Path(args.output, name, 'summary.csv')):
-        if summary.exists():
-            return len(summary.read_text().splitlines()) - 1
-    return 0
+    return max(RunFolder(place).epochs_written() for place in (Path(args.results, 'runs', name),
+                                                               Path(args.output, name)))
 
 
 def epoch_seconds(experiment: Experiment, budget: str, step: float) -> float:
@@ -118,21 +121,35 @@ def print_plan(runs: list[tuple[Experiment, int]], args: Any) -> None:
     print(f'about {total:.1f} hours on this machine, from a step timed now; ImageNet is not in it')
 
 
-def keep(folder: Path, place: Path) -> None:
-    """Copies what the report reads from the folder of a complete run."""
-    place.mkdir(parents=True, exist_ok=True)
-    for file in ('summary.csv', 'results.json'):  # the last says that it is whole
-        write_atomic(place / file, (folder / file).read_bytes())
+def make_folder(path: Path) -> None:
+    """Makes a folder of results; UserError if it can't."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path} can not be written ({error.strerror}); choose another with --results') from error
+
+
+def keep(name: str, args: Any) -> None:
+    """Copies what the report reads, if this run is complete."""
+    run, place = Path(args.output, name), Path(args.results, 'runs', name)
+    results = RunFolder(run).read_results()
+    if results is not None:
+        make_folder(place)
+        write_atomic(place / 'summary.csv', (run / 'summary.csv').read_bytes())
+        RunFolder(place).write_results(without_paths(results))  # last: it says that the other is there
 
 
 def make_executor(args: Any) -> tuple[Any, int | None]:
     """What the runs are handed to, and the threads of each."""
+    if args.cluster is not None and args.processes > 1:
+        raise UserError(f'--processes {args.processes} is for this machine; how many runs of --cluster {args.cluster} '
+                        'go on at a time is up to it')
     if args.cluster is None:
         return ThreadPoolExecutor(args.processes), max(1, cores() // args.processes)
     try:
         import submitit
     except ImportError as error:
-        raise UserError("--cluster wants submitit; install it with: pip install 'timm-sd[cluster]'") from error
+        raise UserError("--cluster wants submitit; install it with: pip install -e '.[cluster]'") from error
     try:
         executor = submitit.AutoExecutor(Path(args.output, 'submitit'), cluster=args.cluster)
         executor.update_parameters(**{'name': 'timm-sd', 'timeout_min': 24 * 60, **args.cluster_options})
@@ -165,20 +182,22 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
     Raises:
         UserError: If some fail; the others go on meanwhile.
     """
+    kept = Path(args.results, 'runs')
+    make_folder(kept)
     places = {experiment.name(args.budget, seed): (experiment, seed) for experiment, seed in runs}
-    left = []
     for name in places:
-        if not Path(args.results, 'runs', name, 'results.json').exists():
-            if Path(args.output, name, 'results.json').exists():  # this was killed before it kept what was complete
-                keep(Path(args.output, name), Path(args.results, 'runs', name))
-            else:
-                left.append(name)
+        if not (kept / name / 'results.json').exists():
+            keep(name, args)  # a kill may have come between a run's end and this
+    left = [name for name in places if not (kept / name / 'results.json').exists()]
     executor, threads = make_executor(args)
     stderr = subprocess.PIPE if args.cluster is None and args.processes > 1 else None  # one run shows its own bar
-    jobs = {name: executor.submit(subprocess.run, command(*places[name], threads, args), check=True,
-                                  stdout=subprocess.DEVNULL, stderr=stderr, text=True) for name in left}
+    jobs: dict[str, Any] = {}
     failed = []
     try:
+        for name in left:
+            with user_errors(f'--cluster {args.cluster}'):  # submitit's, of a partition that isn't there
+                jobs[name] = executor.submit(subprocess.run, command(*places[name], threads, args), check=True,
+                                             stdout=subprocess.DEVNULL, stderr=stderr, text=True)
         for name, job in tqdm(jobs.items(), unit='run', desc=f'{args.target}, {len(places) - len(left)} done before'):
             try:
                 job.result()
@@ -186,10 +205,11 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
                 log = job.stderr() if args.cluster else getattr(error, 'stderr', None)
                 failed.append(f'{name}: {reason(error, log)}')
             else:
-                keep(Path(args.output, name), Path(args.results, 'runs', name))
+                keep(name, args)
     finally:
         for job in jobs.values():
-            job.cancel()
+            if not job.done():
+                job.cancel()
     if failed:
         raise UserError(f'{len(failed)} of {len(jobs)} runs failed; {"; ".join(failed)}')
 
@@ -199,6 +219,7 @@ def main() -> None:
     args = parse(reproduce_parser())
     args.results = args.results or (args.output if args.budget == 'smoke' else str(Path(__file__).parent / 'results'))
     if args.target == 'report':
+        make_folder(Path(args.results))
         print(Report(Path(args.results)).write())
         return
     runs = chosen(args)

@@ -28,7 +28,7 @@ from config import UserError, cores
 
 # flags that may differ between a run and its resumption: they change nothing that is computed
 _FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
-         'batch_size', 'require_processes')
+         'batch_size', 'require_processes', 'grad_checkpointing')
 PART = 15 * 2**20
 
 
@@ -123,6 +123,11 @@ class RunFolder:
         """results.json, or None before the run is complete."""
         path = self.path / 'results.json'
         return json.loads(path.read_text()) if path.exists() else None
+
+    def epochs_written(self) -> int:
+        """Rows of summary.csv, while the run goes on too; 0 before there is one."""
+        path = self.path / 'summary.csv'
+        return len(path.read_text().splitlines()) - 1 if path.exists() else 0
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_atomic(self.path / 'results.json', (json.dumps(results, indent=2) + '\n').encode())
@@ -242,6 +247,11 @@ def find_run_folder(args: dict[str, Any], name: str) -> RunFolder:
             raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences)}); '
                             'use the same, or choose another --experiment')
     return folder
+
+
+def without_paths(results: dict[str, Any]) -> dict[str, Any]:
+    """results.json for others to see: without the paths of this machine."""
+    return dict(results, args=dict(results['args'], data_dir=None, output=None, resume=None))
 
 
 def hardware(accelerator: Accelerator, amp: bool) -> dict[str, Any]:

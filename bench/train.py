@@ -122,7 +122,7 @@ def header(job: Run) -> str:
 
 def restore(job: Run) -> dict[str, Any]:
     """Goes back to the last checkpoint, or to the beginning; returns what is known of the epochs so far."""
-    state: dict[str, Any] = dict(epoch=0, best_epoch=0, best_top1=-1., rows=[])
+    state: dict[str, Any] = dict(epoch=0, best_epoch=0, best_top1=-1., rows=[], hardware=[])
     checkpoint = job.folder.load_checkpoint() if job.args.resume else None
     if checkpoint is not None:
         state = {key: checkpoint[key] for key in state}
@@ -202,6 +202,7 @@ def train(job: Run) -> dict[str, Any]:
             if magnitudes:
                 row['grad_magnitude'] = torch.stack(magnitudes).mean().item()
             state['rows'].append(row)
+            state['hardware'].append(hardware(accelerator, args.amp))
             state['epoch'] = epoch + 1
             if accelerator.is_main_process:
                 folder.save_checkpoint(dict(
@@ -232,7 +233,11 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     last = test(job, job.model.state_dict())
     weights = folder.load_best(state['best_epoch'])
     best = test(job, weights)
-    epoch_seconds = statistics.median(row['train_seconds'] for row in rows)  # robust to a machine's other work
+    # a run may have gone on elsewhere: the time is that of the epochs trained where the last one was, and the median is
+    # robust to a machine's other work
+    *_, place = state['hardware']
+    epoch_seconds = statistics.median(
+        row['train_seconds'] for row, where in zip(rows, state['hardware'], strict=True) if where == place)
     origin = dict(
         model=args.model, recipe=Path(args.config).stem, changed_from_recipe=changed_from_recipe(vars(args)),
         seed=args.seed, epochs=args.epochs, dataset=dataset, images=images,
@@ -246,7 +251,7 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
         best_epoch=state['best_epoch'], val_top1_err=round(100 - state['best_top1'], 4),
         val_top1_err_last=round(100 - rows[-1]['eval_top1'], 4), test_best=best, test_last=last,
         epoch_seconds=round(epoch_seconds, 2), images_per_second=round(images['train'] / epoch_seconds, 1),
-        hardware=hardware(job.accelerator, args.amp), versions=versions(), args=vars(args))
+        hardware=place, versions=versions(), args=vars(args))
     if job.accelerator.is_main_process:
         folder.write_summary(rows)
         folder.write_weights(weights, dict(

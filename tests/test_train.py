@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,7 @@ def learning_rates(recipe):
     ('cifar100', [0.1] * 249 + [0.01] * 125 + [0.001] * 126),
     ('svhn', [0.1] * 29 + [0.01] * 5 + [0.001] * 16),
     ('cifar10_1202', [0.01] * 10 + [0.1] * 139 + [0.01] * 75 + [0.001] * 76),
+    ('imagenet', [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.0001] * 30),
 ])
 def test_learning_rates_are_the_papers(recipe, expected):
     assert learning_rates(recipe) == expected
@@ -364,10 +366,28 @@ def test_gradients_of_the_first_convolution_are_logged(tmp_path):
 
 
 def test_validation_within_an_epoch_selects(tmp_path):
-    args = [*SMALL, '--epochs', '1', '--output', tmp_path, '--experiment']
+    counting = 'import train\ndone = []\nevaluate = train.evaluate\n' \
+               'train.evaluate = lambda *args: done.append(1) or evaluate(*args)\ntrain.main()\nprint(len(done))'
+    found = []
     for name, more in (('a', []), ('b', ['--eval-interval', '4'])):
-        result = bench('train.py', *args, name, *more)
+        args = [*SMALL, '--epochs', '1', '--output', tmp_path, '--experiment', name, *more]
+        result = subprocess.run([sys.executable, '-c', counting, *args], cwd=BENCH, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-    plain, often = (json.loads((tmp_path / name / 'results.json').read_text()) for name in 'ab')
+        results, evaluations = result.stdout.splitlines()
+        found.append((json.loads(results), int(evaluations)))
+    (plain, once), (often, several) = found
+    assert once == 3  # behind the epoch, and the test images by the best weights and by the last
+    assert several == 3 + 20 // 4  # of 21 updates
     assert often['test_last'] == plain['test_last']  # the training is the same
     assert often['val_top1_err'] <= plain['val_top1_err']
+
+
+def test_the_time_is_that_of_where_the_run_ended(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / 'a')
+    for name in ('results.json', 'checkpoints/checkpoint-0003.pt'):
+        (tmp_path / 'a' / name).unlink()
+    result = bench('train.py', *SMALL, '--threads', '2', '--output', tmp_path, '--experiment', 'a', '--resume', 'auto')
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout)
+    assert results['hardware']['threads'] == 2
+    assert results['epoch_seconds'] == round(float(read_csv(tmp_path / 'a' / 'summary.csv')[-1]['train_seconds']), 2)
