@@ -201,7 +201,7 @@ def test_mistakes_get_one_line(tmp_path, args, words):
 def test_a_failing_run_is_named_and_the_others_go_on(tmp_path):
     folder = tmp_path / 'output' / NAME
     folder.mkdir(parents=True)
-    (folder / 'args.yaml').write_text('epochs: 99')
+    (folder / 'args.yaml').write_text('{epochs: 99, amp: false}')
     result = bench('reproduce.py', *SMALL, '--seeds', '0', '1', '--processes', '2', *folders(tmp_path))
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
