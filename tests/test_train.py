@@ -213,13 +213,9 @@ def test_full_disk_keeps_the_last_checkpoint(finished, tmp_path):
     (['--model', 'resnet10t', '--drop-path', '0', '--compile', 'blocks'], ['resnet10t', 'compile the whole model']),
     (['--compile', 'blocks', '--torchcompile-mode', 'fast'], ['fast', 'reduce-overhead']),
 ])
-def test_mistakes_get_one_line_and_status_2(tmp_path, args, words):
-    result = bench('train.py', '--output', tmp_path / 'output', *args)
-    assert result.returncode == 2
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert all(word in lines[0] for word in words)
-    assert result.stdout == ''
+def test_mistakes_get_one_line_and_status_2(refused, tmp_path, args, words):
+    said = refused('train.py', '--output', tmp_path / 'output', *args)
+    assert all(word in said for word in words)
     assert not (tmp_path / 'output').exists()
 
 
@@ -249,58 +245,49 @@ def test_bad_data_is_one_line(tmp_path, how):
     assert not (tmp_path / 'output').exists()
 
 
-def test_images_of_another_size_need_img_size(tmp_path):
+def test_images_of_another_size_need_img_size(refused, tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('dataset: digits\nmodel: sd_resnet20_cifar\nval_per_class: [14]\n')
-    result = bench('train.py', '-c', recipe, '--output', tmp_path / 'output')
-    assert result.returncode == 2
-    assert '8x8 px' in result.stderr
-    assert '--img-size 32' in result.stderr
+    said = refused('train.py', '-c', recipe, '--output', tmp_path / 'output')
+    assert '8x8 px' in said
+    assert '--img-size 32' in said
 
 
-def test_unknown_recipe_key(tmp_path):
+def test_unknown_recipe_key(refused, tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('epoch: 3\n')
-    result = bench('train.py', '-c', recipe)
-    assert result.returncode == 2
-    assert "'epoch'" in result.stderr
-    assert 'epochs' in result.stderr
+    said = refused('train.py', '-c', recipe)
+    assert "'epoch'" in said
+    assert 'epochs' in said
 
 
 @pytest.mark.parametrize('line', ['epochs: 10.5', 'val_per_class: many', 'drop_path: 1.0', 'amp: perhaps', '- epochs'])
-def test_recipe_values_are_checked(tmp_path, line):
+def test_recipe_values_are_checked(refused, tmp_path, line):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(line)
-    result = bench('train.py', '-c', recipe)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    refused('train.py', '-c', recipe)
 
 
-def test_other_flags_than_the_run_had(finished):
+def test_other_flags_than_the_run_had(refused, finished):
     folder, _ = finished
-    args = ['--output', folder.parent, '--experiment', folder.name]
-    assert 'exists' in bench('train.py', *SMALL, *args).stderr
-    result = bench('train.py', *SMALL, '--lr', '0.5', *args, '--resume', 'auto')
-    assert result.returncode == 2
-    assert 'lr 0.1 -> 0.5' in result.stderr
+    args = [*SMALL, '--output', folder.parent, '--experiment', folder.name]
+    assert 'exists' in refused('train.py', *args)
+    assert 'lr 0.1 -> 0.5' in refused('train.py', *args, '--lr', '0.5', '--resume', 'auto')
 
 
-def test_checkpoint_of_another_model(finished):
+def test_checkpoint_of_another_model(refused, finished):
     folder, _ = finished
-    result = bench('validate.py', '--model', 'sd_resnet32_cifar', '--checkpoint', folder / 'model.safetensors',
-                   '--dataset', 'digits', '--img-size', 16)
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert 'sd_resnet32_cifar' in result.stderr
+    assert 'sd_resnet32_cifar' in refused(
+        'validate.py', '--model', 'sd_resnet32_cifar', '--checkpoint', folder / 'model.safetensors',
+        '--dataset', 'digits', '--img-size', 16)
 
 
-def test_pretrained_of_another_class_count(tmp_path):
+def test_pretrained_of_another_class_count(refused, tmp_path):
     from test_data import write_parquet
     folder = write_parquet(tmp_path, size=32)
-    result = bench('validate.py', '--model', 'sd_resnet56_cifar', '--data-dir', folder, '--split', 'train')
-    assert result.returncode == 2
-    assert '10 classes' in result.stderr
-    assert 'the data has 2' in result.stderr
+    said = refused('validate.py', '--model', 'sd_resnet56_cifar', '--data-dir', folder, '--split', 'train')
+    assert '10 classes' in said
+    assert 'the data has 2' in said
 
 
 @pytest.mark.parametrize('recipe', sorted(path.stem for path in (BENCH / 'recipes').glob('*.yaml')))
