@@ -1,6 +1,7 @@
 """Command line of the bench scripts: timm's flags, recipes as their defaults, and one line for a user's mistake."""
 import argparse
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,10 +12,14 @@ from typing import Any
 import timm
 import yaml
 from safetensors import SafetensorError
+from timm.models import load_model_config_from_hf, parse_model_name
 
 import timm_sd  # noqa: F401  (registers the models)
 
 RECIPES = Path(__file__).parent / 'recipes'
+# flags that change nothing that is computed: they may differ between a run and its resumption
+FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads', 'require_processes',
+        'grad_checkpointing')
 # timm's schedules that follow from the epoch alone: a resume needs nothing but its number
 SCHEDULES = ('multistep', 'step', 'cosine', 'tanh', 'poly', 'wsd', 'constant')
 
@@ -75,11 +80,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def check_model_name(name: str) -> None:
-    """Raises UserError, with the nearest names, unless timm's registry has `name` (a tag is allowed)."""
-    if name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(name):
-        return
-    raise UserError(f'no model {name!r}; nearest: {nearest(name, timm.list_models() + timm.list_models("sd_*"))}')
+def check_model_name(name: str) -> str:
+    """The registered name that timm's `name` means; of a Hub repository or a folder its config.json says it.
+
+    Raises:
+        UserError: If there is none, with the nearest names.
+    """
+    with user_errors(f'--model {name}'):
+        source, place = parse_model_name(name)
+        if source == 'hf-hub':
+            name = load_model_config_from_hf(place)[1]
+        elif source:
+            name = json.loads(Path(place, 'config.json').read_text())['architecture']
+    if not timm.is_model(name):
+        raise UserError(f'no model {name!r}; nearest: {nearest(name, timm.list_models() + timm.list_models("sd_*"))}')
+    return name
 
 
 class Parser(argparse.ArgumentParser):
@@ -295,7 +310,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 def changed_from_recipe(args: dict[str, Any]) -> dict[str, Any]:
     """The flags that say something else than the recipe they were parsed over."""
-    return {key: args[key] for key, value in read_recipe(args['config']).items() if args[key] != value}
+    own = {*FREE, 'config', 'seed', 'amp', 'log_gradients'}  # said elsewhere, or changes nothing
+    recipe = vars(parse(train_parser(), ['-c', args['config']]))
+    return {key: args[key] for key, value in recipe.items() if args[key] != value and key not in own}
 
 
 def default_amp(device_type: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whole epochs, timed from outside: train.py, two runs of it at once, one on two processes, and timm's own train.py.
+"""Whole epochs on the CPU, timed from outside: train.py, two runs of it at once, one on two processes, and timm's own.
 
 An epoch's time is that between two rows of summary.csv, which both scripts write when an epoch is done: training,
 validation on the same test images, and saving. The first epoch, with start-up and warm-up, doesn't count.
@@ -82,7 +82,7 @@ def epoch_seconds(together: list[list[str]], epochs: int) -> list[float]:
     with tempfile.TemporaryFile('w+') as log:
         processes = [subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT,
-            env=dict(os.environ, ACCELERATE_USE_CPU='true') if 'accelerate' in command else dict(os.environ))
+            env=dict(os.environ, ACCELERATE_USE_CPU='true'))
             for command in together]
         try:
             while min(map(len, ends)) < epochs and not any(process.poll() for process in processes):

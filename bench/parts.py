@@ -102,8 +102,9 @@ def make_batches(args: Any, part: Part, cfg: dict[str, Any], accelerator: Accele
         augmentation = dict(crop_padding=args.crop_padding, hflip=args.hflip) if train else {}
         return MemoryBatches(part.to(accelerator.device), args.batch_size, mean, std, **augmentation, **order)
     size = (3, args.img_size, args.img_size) if args.img_size else cfg['input_size']
-    looks: dict[str, Any] = dict(scale=args.scale, hflip=args.hflip, color_jitter=args.color_jitter,
-                                 auto_augment=args.aa) if train else dict(crop_pct=cfg['crop_pct'])
+    looks: dict[str, Any] = dict(crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'])
+    if train:
+        looks = dict(scale=args.scale, hflip=args.hflip, color_jitter=args.color_jitter, auto_augment=args.aa)
     transform = create_transform(size, is_training=train, mean=tuple(mean), std=tuple(std),
                                  interpolation=cfg['interpolation'], **looks)
     return LoaderBatches(part, args.batch_size, transform, accelerator.device, args.workers, **order)

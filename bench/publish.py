@@ -24,6 +24,7 @@ from timm.models import save_for_hf
 import paper
 import timm_sd
 from config import Parser, UserError, check_model_name, parse, run
+from contestants import Entry
 from figures import save_gates
 from run_folder import RunFolder, without_paths, write_atomic
 
@@ -61,9 +62,9 @@ def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:
     return len(results.get('label_names', ())) or cfg.num_classes, results['args']['img_size'] or cfg.input_size[-1]
 
 
-def measured_saving(name: str, drop_path_rate: float) -> dict[str, Any] | None:
-    """What throughput.py measured for this network and p_L: its row and the hardware, or None if it did not."""
-    wanted = name.partition('.')[0], f'batch, p_L {1 - drop_path_rate:g}'
+def measured_saving(name: str, rate: float, schedule: str) -> dict[str, Any] | None:
+    """What throughput.py measured for this network at this p_L: its row and the hardware, or None if it did not."""
+    wanted = name.partition('.')[0], Entry('batch', rate, schedule).name
     for path in sorted(RESULTS.glob('throughput*.json')):
         measured: Any = json.loads(path.read_text())
         for row in measured['rows']:
@@ -90,7 +91,7 @@ def make_card(folder: Path, repo: str | None = None) -> str:
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
         dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size,
         paper=paper.error_of(name), paper_epochs=paper.EPOCHS.get(results['recipe']),
-        saving=measured_saving(name, results['drop_path_rate']),
+        saving=measured_saving(name, results['drop_path_rate'], results['args']['drop_path_schedule'] or 'linear'),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
         width=timm.create_model(architecture(name)).num_features)
     return str(card)
@@ -130,9 +131,10 @@ def write_repository(run_folder: Path, folder: Path, repo: str) -> None:
     model: Any = timm.create_model(architecture(name), num_classes=classes)
     labels = dict(label_names=results['label_names']) if 'label_names' in results else {}
     given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
+    if results['args']['in_memory']:  # whole images
+        given.update(crop_pct=1.0, interpolation='bilinear')
     save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(labels, pretrained_cfg=dict(
-        given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size), crop_pct=1.0,
-        interpolation='bilinear',
+        given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
         paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
         test_input_size=None, test_crop_pct=None)))
     # the run's own file, in place of the random weights that timm wrote beside config.json

@@ -24,11 +24,8 @@ from accelerate import Accelerator
 from torch import nn
 
 import timm_sd
-from config import UserError, cores
+from config import FREE, UserError, cores
 
-# flags that may differ between a run and its resumption: they change nothing that is computed
-_FREE = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
-         'batch_size', 'require_processes', 'grad_checkpointing')
 PART = 15 * 2**20
 
 
@@ -48,6 +45,16 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f'{path} can not be written ({error.strerror}); what was saved before is good') from error
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows under the columns that any of them has."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)),
+                            lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
 
 
 def write_parts(path: Path, content: bytes) -> None:
@@ -134,11 +141,7 @@ class RunFolder:
 
     def write_summary(self, rows: list[dict[str, float]]) -> None:
         """Writes summary.csv, with timm's columns."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(self.path / 'summary.csv', text.getvalue().encode())
+        write_csv(self.path / 'summary.csv', rows)
 
     def write_weights(self, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         """Writes model.safetensors; metadata that isn't text becomes JSON."""
@@ -211,7 +214,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _differences(args: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    keys = args.keys() & old.keys() - set(_FREE)
+    keys = args.keys() & old.keys() - {*FREE, 'batch_size'}  # that of all processes may not differ
     return [f'{key} {old[key]} -> {args[key]}' for key in sorted(keys) if args[key] != old[key]]
 
 

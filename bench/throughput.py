@@ -10,8 +10,6 @@ Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png.
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
 """
 import argparse
-import csv
-import io
 import json
 import statistics
 from pathlib import Path
@@ -26,7 +24,7 @@ from config import Parser, UserError, check_model_name, count, default_amp, numb
 from contestants import MODES, Contestant, Entry, build, has_stages, peak_memory, time_in_turns
 from end_to_end import time_epochs
 from figures import save_ratios, save_sweep
-from run_folder import hardware, versions, write_atomic
+from run_folder import hardware, versions, write_atomic, write_csv
 
 SWEEP: tuple[dict[str, Any], ...] = (
     *(dict(axis='depth', at=depth, model=f'sd_resnet{depth}_cifar') for depth in (20, 56, 110, 152, 1202)),
@@ -121,16 +119,10 @@ def print_profile(model: str, entry: Entry, args: argparse.Namespace) -> None:
     print(profile.key_averages().table(sort_by=sort_by, row_limit=16, max_name_column_width=40))
 
 
-def as_csv(rows: list[dict[str, Any]]) -> bytes:
-    """The rows, a spread as three columns."""
-    flat = [{f'{key}_{part}' if part else key: entry for key, value in row.items()
-             for part, entry in (value.items() if isinstance(value, dict) else [('', value)])} for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in flat for key in row)),
-                            lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(flat)
-    return text.getvalue().encode()
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for CSV, a spread as three columns."""
+    return {f'{key}_{part}' if part else key: entry for key, value in row.items()
+            for part, entry in (value.items() if isinstance(value, dict) else [('', value)])}
 
 
 def throughput_parser() -> Parser:
@@ -202,7 +194,7 @@ def main() -> None:
         flags = dict(vars(args), timm_train=args.timm_train and Path(args.timm_train).name)  # its place says nothing
         results = dict(rows=rows, args=flags, hardware=hardware(accelerator, amp), versions=versions())
         write_atomic(prefix.with_suffix('.json'), (json.dumps(results, indent=2) + '\n').encode())
-        write_atomic(prefix.with_suffix('.csv'), as_csv(rows))
+        write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
         draw(rows, prefix.with_suffix('.png'))
 
 

@@ -45,11 +45,11 @@ def build_model(args: Any, num_classes: int) -> Any:
     """The network of the flags; UserError if one doesn't suit it."""
     flags = dict(schedule=args.drop_path_schedule, mode=args.drop_path_mode, scale=args.drop_path_scale)
     choices = {key: value for key, value in flags.items() if value is not None}
-    adds = timm.is_model(args.model) and not args.model.startswith('sd_')  # the method is no part of timm's networks
+    adds = not check_model_name(args.model).startswith('sd_')  # the method is no part of timm's own networks
     kwargs: dict[str, Any] = {} if adds else {f'drop_path_{key}': value for key, value in choices.items()}
     if args.drop_path is not None and not adds:
         kwargs['drop_path_rate'] = args.drop_path
-    if args.model.startswith('sd_'):
+    if not adds:
         kwargs['drop_path_seed'] = args.seed
     with user_errors(f'--model {args.model}'):
         model: Any = timm.create_model(args.model, pretrained=args.pretrained, num_classes=num_classes,
@@ -228,7 +228,8 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     args, folder, gates, rows = job.args, job.folder, timm_sd.depth_gates(job.model), state['rows']
     images = {name: batches.images for name, batches in job.batches.items()}
     # a folder of other classes than the recipe's data set is no copy of it
-    is_copy = not args.data_dir or len(job.class_names) == timm.get_pretrained_cfg_value(args.model, 'num_classes')
+    cfg: Any = job.model.pretrained_cfg
+    is_copy = not args.data_dir or len(job.class_names) == cfg['num_classes']
     dataset = args.dataset if is_copy else Path(args.data_dir).name
     last = test(job, job.model.state_dict())
     weights = folder.load_best(state['best_epoch'])

@@ -2,8 +2,6 @@
 
 timm's conventions: fp32 unless --amp, mean and std of the model's pretrained_cfg, one JSON on stdout, a results CSV.
 """
-import csv
-import io
 import json
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ import safetensors
 import timm
 import torch
 from accelerate import Accelerator
+from timm.data import resolve_data_config
 
 from config import (
     UserError,
@@ -25,7 +24,7 @@ from config import (
 )
 from engine import autocast, evaluate
 from parts import load_part, make_batches
-from run_folder import write_atomic
+from run_folder import write_csv
 
 
 def model_of(checkpoint: Path) -> str:
@@ -74,7 +73,8 @@ def main() -> None:
     model = load_model(args, len(part.class_names)).to(accelerator.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    cfg = model.pretrained_cfg
+    # timm's: registered weights at their test size; a checkpoint as train.py has tested it
+    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not args.checkpoint)
     batches = make_batches(args, part, cfg, accelerator)
     metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, args.amp))
     row = dict(
@@ -85,11 +85,7 @@ def main() -> None:
         interpolation=cfg['interpolation'] if not args.in_memory else 'bilinear' if args.img_size else 'none')
     if accelerator.is_main_process:
         if args.results_file:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=list(row), lineterminator='\n')
-            writer.writeheader()
-            writer.writerow(row)
-            write_atomic(Path(args.results_file), text.getvalue().encode())
+            write_csv(Path(args.results_file), [row])
         print(json.dumps(row))
 
 

@@ -39,6 +39,13 @@ def test_parameters_and_defaults_of_110_layers():
     assert gates.expected_depth == pytest.approx(40.25)
 
 
+def test_another_classifier_is_where_the_network_is():
+    model = timm.create_model('sd_resnet20_cifar').double()
+    model.reset_classifier(5, 'catavgmax')
+    assert model(torch.randn(2, 3, 32, 32).double()).shape == (2, 5)
+    assert model.head_hidden_size == 128
+
+
 @pytest.mark.parametrize('scale', ['train', 'eval'])
 def test_equals_the_reference_in_evaluation(scale):
     torch.manual_seed(0)

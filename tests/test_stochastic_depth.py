@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -238,6 +239,24 @@ def test_eval_scale_is_equation_5_and_folds_into_a_plain_network():
     # neither direction changes the tensors it is given
     assert not torch.equal(model.layer3[2].bn2.weight, plain.layer3[2].bn2.weight)
     torch.testing.assert_close(model.layer3[2].bn2.weight * 0.5, plain.layer3[2].bn2.weight)
+
+
+@pytest.mark.parametrize('replace', [nn.SyncBatchNorm.convert_sync_batchnorm, freeze_batch_norm_2d])
+def test_folding_survives_another_batch_norm(replace):
+    model = network(drop_path_scale='eval')
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model = replace(model)
+    for _ in ('as it is', 'loaded again'):
+        state = model.state_dict()
+        assert all(torch.equal(tensor, plain[name]) for name, tensor in state.items())
+        model.load_state_dict(state)
+
+
+def test_a_branch_that_ends_in_an_attention_can_not_absorb_p():
+    squeeze = dict(block_args=dict(attn_layer='se'))
+    timm.create_model('sd_resnet18', **squeeze)
+    with pytest.raises(ValueError, match="use 'train'"):
+        timm.create_model('sd_resnet18', drop_path_scale='eval', **squeeze)
 
 
 @pytest.mark.parametrize('scale', ['train', 'eval'])

@@ -290,6 +290,24 @@ def test_pretrained_of_another_class_count(refused, tmp_path):
     assert 'the data has 2' in said
 
 
+@pytest.mark.parametrize('architecture', ['sd_resnet20_cifar', 'resnet18'])
+def test_a_network_by_its_folder_has_the_method_too(tmp_path, architecture):
+    import timm_sd
+    from config import parse, train_parser
+    from train import build_model
+    (tmp_path / 'config.json').write_text(json.dumps(dict(
+        architecture=architecture, num_classes=10, pretrained_cfg=dict(num_classes=10))))
+    args = parse(train_parser(), ['--model', f'local-dir:{tmp_path}', '--drop-path', '0.25', '--seed', '7'])
+    gates = timm_sd.depth_gates(build_model(args, 10))
+    assert (gates.drop_path_rates[-1], gates.seed) == (0.25, 7)
+
+
+def test_what_was_changed_is_told():
+    from config import changed_from_recipe, parse, train_parser
+    flags = ['-c', 'cifar10', '--epochs', '8', '--smoothing', '0.1', '--seed', '3', '--threads', '1']
+    assert changed_from_recipe(vars(parse(train_parser(), flags))) == dict(epochs=8, smoothing=0.1)
+
+
 @pytest.mark.parametrize('recipe', sorted(path.stem for path in (BENCH / 'recipes').glob('*.yaml')))
 def test_recipes_parse(recipe):
     from config import parse, train_parser

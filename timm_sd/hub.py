@@ -108,7 +108,7 @@ def local_weights(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.state_dict or cfg.source == 'local-dir':
+    if cfg.state_dict or cfg.source == 'local-dir' or (cfg.url and not cfg.hf_hub_id and not cfg.file):  # timm's own
         yield
         return
     path = find(cfg, kwargs.get('cache_dir'))

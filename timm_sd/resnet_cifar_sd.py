@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier
+from timm.layers import create_classifier, get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -152,7 +152,7 @@ class ResNetCifar(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = 64
+        self.num_features = 64
         self.drop_rate = drop_rate
         self.drop_path_rate = drop_path_rate
 
@@ -172,6 +172,7 @@ class ResNetCifar(nn.Module):
             dict(num_chs=64, reduction=4, module='layer3'),
         ]
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
         gate_blocks(
             [Residual(block, ('drop_path',), ('shortcut',), (block.bn2,))
@@ -207,7 +208,8 @@ class ResNetCifar(nn.Module):
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=device, dtype=dtype)
+            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self, device, dtype))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_intermediates(
             self,

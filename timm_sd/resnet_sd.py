@@ -20,7 +20,7 @@ def _residual(block: Any) -> Residual:
     # the block's last activation follows the shortcut too; a ReLU changes nothing behind another one
     act = () if block.downsample is None and isinstance(getattr(block, last_act), nn.ReLU) else (last_act,)
     path = act if block.downsample is None else ('downsample', *act)
-    return Residual(block, ('drop_path',), path, (last_norm,))
+    return Residual(block, ('drop_path',), path, (last_norm,) if block.se is None else ())  # attention isn't linear
 
 
 class StochasticDepthResNet(ResNet):

@@ -46,10 +46,13 @@ class DepthGate(nn.Module):
         self._folding: list[Any] = []
 
     @torch.jit.unused
-    def fold_into(self, layer: nn.Module) -> None:
-        """From now on `layer` has p_l in its parameters in every state_dict, and without it here."""
-        self._folding += [layer.register_state_dict_post_hook(partial(_fold, self.eval_scale)),
-                          layer.register_load_state_dict_pre_hook(partial(_unfold, self.eval_scale))]
+    def fold_into(self, block: nn.Module, keys: list[str]) -> None:
+        """From now on the tensors `keys` of `block` have p_l in them in every state_dict, and stand without it here.
+
+        The hooks are the block's and not its layers', which others replace: SyncBatchNorm, timm's frozen batch norm.
+        """
+        self._folding += [block.register_state_dict_post_hook(partial(_fold, self.eval_scale, keys)),
+                          block.register_load_state_dict_pre_hook(partial(_unfold, self.eval_scale, keys))]
 
     @torch.jit.unused
     def remove_folding(self) -> None:
@@ -100,7 +103,7 @@ class GatedBlock(nn.Module):
     shortcut_path: list[str]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # A Proxy is fx's, which keeps the block as a leaf: otherwise one draw would be baked into its graph.
+        # A Proxy is fx's: timm's and torchvision's tracers keep the block as a leaf, or one draw would be baked in.
         if not self.training or isinstance(x, torch.fx.Proxy):
             return super().__call__(x, *args, **kwargs)
         gate: Any = getattr(self, self.drop_path_slots[0])
@@ -197,15 +200,15 @@ def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kep
     return function(x, 0, kept, *samples)
 
 
-def _fold(survival_prob: float, layer: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for name, _ in layer.named_parameters(recurse=False):
-        state_dict[prefix + name] = state_dict[prefix + name] * survival_prob
+def _fold(survival_prob: float, keys: list[str], block: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    for key in keys:
+        state_dict[prefix + key] = state_dict[prefix + key] * survival_prob
 
 
-def _unfold(survival_prob: float, layer: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    for name, _ in layer.named_parameters(recurse=False):
-        if prefix + name in state_dict:
-            state_dict[prefix + name] = state_dict[prefix + name] / survival_prob
+def _unfold(survival_prob: float, keys: list[str], block: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    for key in keys:
+        if prefix + key in state_dict:
+            state_dict[prefix + key] = state_dict[prefix + key] / survival_prob
 
 
 class Residual(NamedTuple):
@@ -215,7 +218,7 @@ class Residual(NamedTuple):
         block: The block; its output is shortcut + drop_path(branch), or the activation of that.
         slots: Names of its `drop_path` slots.
         shortcut_path: See `GatedBlock`.
-        last_affine: For scale 'eval': the layers that end what goes into the slots.
+        last_affine: For scale 'eval': the layers that end what goes into the slots; none if something follows them.
     """
     block: nn.Module
     slots: tuple[str, ...] = ('drop_path',)
@@ -250,12 +253,16 @@ def gate_blocks(
         seed: Seed of the gates.
 
     Raises:
-        ValueError: If the rate, schedule, mode or scale isn't one of these, or mode and scale don't go together.
+        ValueError: If the rate, schedule, mode or scale isn't one of these, mode and scale don't go together, or a
+            branch ends in nothing that can absorb p_l with scale 'eval'.
     """
     check_arguments(drop_path_rate, schedule, mode, scale)
     gates = DepthGates(drop_path_rates(len(residuals), drop_path_rate, schedule), seed)
     if drop_path_rate == 0.:
         return
+    if scale == 'eval' and not all(residual.last_affine for residual in residuals):
+        raise ValueError("drop_path_scale is 'eval', but not all branches end in a layer that can absorb p_l; use "
+                         "'train'")
     for index, (block, slots, shortcut_path, last_affine) in enumerate(residuals):
         gate = DropPath(gates.drop_path_rates[index]) if mode == 'sample' else DepthGate(gates, index, mode, scale)
         gate.train(block.training)
@@ -265,8 +272,9 @@ def gate_blocks(
             block.drop_path_slots, block.shortcut_path = list(slots), list(shortcut_path)  # type: ignore[assignment]
             plain_class: Any = type(block)
             block.__class__ = _gated_class(plain_class)
-            for layer in last_affine if scale == 'eval' else ():
-                gate.fold_into(layer)
+            if scale == 'eval':
+                last = {param for layer in last_affine for param in layer.parameters(recurse=False)}
+                gate.fold_into(block, [name for name, param in block.named_parameters() if param in last])
 
 
 def check_arguments(drop_path_rate: float, schedule: str, mode: str, scale: str) -> None:
