@@ -89,8 +89,10 @@ class Contestant:
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
-        if compiled:
-            for residual in residual_blocks(model)[0]:  # with or without gates
+        if compiled and timm_sd.depth_gates(model):
+            timm_sd.compile_blocks(model, mode=args.torchcompile_mode)
+        elif compiled:
+            for residual in residual_blocks(model)[0]:
                 residual.block.compile(mode=args.torchcompile_mode, dynamic=False)
         self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False,
                                              fused=True)

@@ -143,7 +143,7 @@ def throughput_parser() -> Parser:
     parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True, help='probe the peak memory')
     parser.add_argument('--sweep', action='store_true', help='how the cost grows with depth, batch and p_L')
     parser.add_argument('--profile', action='store_true', help='the operators of a step, with their times and counts')
-    parser.add_argument('--end-to-end', action='store_true', help='whole epochs of train.py')
+    parser.add_argument('--end-to-end', action='store_true', help='whole epochs of train.py, on the CPU')
     parser.add_argument('--timm-train', help="path of timm's train.py, to be timed beside it")
     parser.add_argument('--data-dir', help='end to end: folder of parquet files (default: generated pictures)')
     parser.add_argument('--images', type=count, default=6400, help='end to end: training images an epoch')
@@ -171,7 +171,7 @@ def main() -> None:
     """Measures, prints a table and writes JSON, CSV and a picture."""
     args = parse(throughput_parser())
     check(args)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=args.end_to_end)  # whose trainings are told so
     amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
     scales = {'batch': args.drop_path_scale}  # the others know 'train' alone
     entries = [Entry(mode, value, args.drop_path_schedule, compiled, scales.get(mode, 'train'))

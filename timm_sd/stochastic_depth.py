@@ -302,7 +302,9 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     blocks = [block for block in model.modules() if isinstance(block, GatedBlock)]
     if not blocks:
         raise ValueError('no block has a gate, so there is nothing to compile around; compile the whole model')
-    # some shapes of block, each at the full and the last batch's size, and once more where it is recomputed
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # Each shape of branch is built at the full and the last batch's size, in evaluation, and once more where it is
+    # recomputed; of timm's own blocks each one, whose p_l is a number in its graph.
+    for limit in ('recompile_limit', 'accumulated_recompile_limit'):
+        setattr(torch._dynamo.config, limit, max(8 * len(blocks), getattr(torch._dynamo.config, limit)))
     for block in blocks:
         block.compile(**dict(dict(dynamic=False), **options))
