@@ -57,7 +57,7 @@ def chosen(args: Any) -> list[tuple[Experiment, int]]:
     """The experiments and seeds that the flags name.
 
     Raises:
-        UserError: If there are none.
+        UserError: If one of them isn't there, or its data.
     """
     there = TARGETS[args.target]
     wanted = {key: values for key in ('recipe', 'depth', 'drop_path') if (values := getattr(args, key)) is not None}
@@ -195,9 +195,10 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
     failed = []
     try:
         for name in left:
+            line = command(*places[name], threads, args)
             with user_errors(f'--cluster {args.cluster}'):  # submitit's, of a partition that isn't there
-                jobs[name] = executor.submit(subprocess.run, command(*places[name], threads, args), check=True,
-                                             stdout=subprocess.DEVNULL, stderr=stderr, text=True)
+                jobs[name] = executor.submit(subprocess.run, line, check=True, stdout=subprocess.DEVNULL,
+                                             stderr=stderr, text=True)
         for name, job in tqdm(jobs.items(), unit='run', desc=f'{args.target}, {len(places) - len(left)} done before'):
             try:
                 job.result()

@@ -116,7 +116,7 @@ def test_goes_on_after_kill_9_to_the_same_weights(finished, tmp_path):
     assert 'is being trained by another process' in again.stderr
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    # where it goes on the memory may not do
+    # as on a machine with less memory
     result = bench('reproduce.py', *SMALL, *folders(tmp_path), '--grad-checkpointing')
     assert result.returncode == 0, result.stderr
     ours, theirs = (safetensors.torch.load_file(root / 'output' / NAME / 'model.safetensors')
