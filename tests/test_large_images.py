@@ -1,14 +1,17 @@
 """The data path for large images: what an epoch sees, on any number of processes, from folders, parquet and streams."""
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
 
+import validate
 from config import UserError
 from data import open_split
 from large_images import LoaderBatches, load_image_rows
@@ -143,3 +146,16 @@ def test_train_from_a_folder_and_resume_after_kill_9(folder, tmp_path):
     found = bench('validate.py', '--checkpoint', tmp_path / 'a' / 'model.safetensors', '--data-dir', folder, '--split',
                   'validation', '--img-size', '32', '--no-in-memory')
     assert found.returncode == 0, found.stderr
+
+
+def test_registered_weights_are_evaluated_at_their_test_size(folder, monkeypatch, capsys):
+    """timm's validate.py does so: the figures on a model's page are those of this size."""
+    model = timm.create_model('test_resnet', num_classes=2, pretrained_cfg_overlay=dict(test_input_size=(3, 48, 48)))
+    sizes = set()
+    model.register_forward_pre_hook(lambda module, args: sizes.add(args[0].shape[-1]))
+    monkeypatch.setattr(validate, 'load_model', lambda args, num_classes: model)  # test_resnet's weights are on the Hub
+    monkeypatch.setattr(sys, 'argv', ['validate.py', '--model', 'test_resnet', '--pretrained', '--data-dir', folder,
+                                      '--split', 'validation', '--no-in-memory', '-j', '1'])
+    validate.main()
+    assert sizes == {48}
+    assert '"img_size": 48' in capsys.readouterr().out
