@@ -85,6 +85,7 @@ class Contestant:
     def __init__(self, model: Any, args: argparse.Namespace, compiled: bool = False) -> None:
         self.accelerator = Accelerator()
         device = self.accelerator.device
+        torch.backends.cudnn.benchmark = True  # as train.py
         self.amp = autocast(device, default_amp(device.type) if args.amp is None else args.amp)
         self.model = model.to(device).to(memory_format=torch.channels_last).train()
         if args.grad_checkpointing:

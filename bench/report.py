@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paper
-from experiments import BUDGETS, DEPTH1202, FIG8_LEFT, FIG8_RIGHT, MODES, TABLE1, Experiment
+from experiments import BUDGETS, COLD_MODES, DEPTH1202, FIG8_LEFT, FIG8_RIGHT, MODES, TABLE1, Experiment
 from figures import save_gradients, save_losses, save_map, save_survival
 from run_folder import write_atomic
 
@@ -22,11 +22,16 @@ HEAD = """# Reproduction
 
 Written by `python bench/reproduce.py report` from [runs/](runs), the results.json and summary.csv of each finished run.
 A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
-seed, or the mean over several with its standard deviation. An empty cell was not run. The budget `short` is the paper's
-recipe in few epochs, its learning rate steps moved in proportion. Errors stay far above the paper's, and in few epochs
-what learns fastest wins, shallow networks that drop little: only `full` can be held against the paper. `smoke` tries
-the machinery on handwritten digits and says nothing about it.
+seed, or the mean over several with its standard deviation. An empty cell was not run. The budgets `medium` and `short`
+are the paper's recipe in few epochs, its learning rate steps moved in proportion. Errors stay far above the paper's,
+and in few epochs what learns fastest wins, shallow networks that drop little: only `full` can be held against the
+paper. `smoke` tries the machinery on handwritten digits and says nothing about it.
 """
+
+
+def has_all_cores(hardware: dict[str, Any]) -> bool:
+    """Whether a run was made by itself, not with `--processes` beside others."""
+    return hardware['threads'] * hardware['processes'] >= hardware.get('cores', 0)
 
 
 class Found(NamedTuple):
@@ -40,8 +45,8 @@ class Found(NamedTuple):
 
     @property
     def seconds(self) -> list[float]:
-        """Of an epoch's steps."""
-        return [results['epoch_seconds'] for results in self.results]
+        """Of an epoch's steps; of a run that had a part of the cores, beside others, they say nothing."""
+        return [results['epoch_seconds'] for results in self.results if has_all_cores(results['hardware'])]
 
 
 def cell(values: Sequence[float], digits: int = 2) -> str:
@@ -60,7 +65,7 @@ def machine(*found: Found) -> str:
 
 def time_ratio(ours: Found, base: Found) -> str:
     """Of the seconds an epoch, where both were run on the same machine."""
-    comparable = ours.results and base.results and machine(ours, base) != 'several'
+    comparable = ours.seconds and base.seconds and machine(ours, base) != 'several'
     return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if comparable else ''
 
 
@@ -122,7 +127,8 @@ class Report:
         """Training time."""
         lines = ['## Table 2: training time\n',
                  "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median), of runs "
-                 'made one after the other. Steps timed in turns are in [bench/README.md](../README.md).\n',
+                 'made one after the other; of runs made side by side the cell is empty. Steps timed in turns are in '
+                 '[bench/README.md](../README.md).\n',
                  '| data | paper: constant | stochastic | ratio '
                  '| ours: constant | stochastic | ratio | epochs | budget | on |',
                  '|---|---|---|---|---|---|---|---|---|---|']
@@ -214,14 +220,18 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
                  '110 layers on CIFAR-10+, p_L = 0.5, linear decay, the branch divided by p_l in training. `batch`: a '
                  'block for the whole mini-batch (the paper); `sample`: for each sample by itself '
                  "(timm's DropPath); `subset`: for a fixed number of random samples (DINOv2).\n",
-                 '| dropped | test error | seconds an epoch | of constant depth | epochs | budget | seeds |',
-                 '|---|---|---|---|---|---|---|']
-        for budget in self.budgets(MODES.values()):
-            base = self.find(TABLE1['cifar10'][0], budget)
-            for name, run in {'nothing': TABLE1['cifar10'][0], **MODES}.items():
+                 'With a warm-up the first fiftieth of the epochs is at a learning rate of 0.01.\n',
+                 '| dropped | warm-up | test error | seconds an epoch | of constant depth | epochs | budget | seeds |',
+                 '|---|---|---|---|---|---|---|---|']
+        constant = TABLE1['cifar10'][0]
+        rows = [('nothing', constant), *MODES.items(), *COLD_MODES.items()]
+        for budget in self.budgets([*MODES.values(), *COLD_MODES.values()]):
+            base = self.find(constant, budget)
+            for name, run in rows:
                 found = self.find(run, budget)
-                lines.append(f'| {name} | {cell(found.errors)} | {cell(found.seconds, 0)} | {time_ratio(found, base)} '
-                             f'| {epochs(found)} | {budget if found.results else ""} | {len(found.results) or ""} |')
+                lines.append(f'| {name} | {"yes" if run.warmup else "no"} | {cell(found.errors)} '
+                             f'| {cell(found.seconds, 0)} | {time_ratio(found, base)} | {epochs(found)} '
+                             f'| {budget if found.results else ""} | {len(found.results) or ""} |')
         return '\n'.join(lines)
 
     def write(self) -> Path:

@@ -266,7 +266,8 @@ def hardware(accelerator: Accelerator, amp: bool) -> dict[str, Any]:
         lines = info.read_text().splitlines() if info.exists() else []
         names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
         device = f'{names[0] if names else platform.machine()}, {cores()} cores'
-    return dict(device=device, processes=accelerator.num_processes, threads=torch.get_num_threads(), amp=amp)
+    return dict(device=device, cores=cores(), processes=accelerator.num_processes, threads=torch.get_num_threads(),
+                amp=amp)
 
 
 def versions() -> dict[str, str]:

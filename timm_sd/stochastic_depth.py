@@ -73,7 +73,7 @@ class DepthGate(nn.Module):
         key, size = self.gates.ask(self.index, x).key, len(x)
         kept = random.Random(f'{key}/{self.index}').sample(range(size), max(1, round(self.survival_prob * size)))
         self.train_scale = size / len(kept)
-        return torch.tensor(sorted(kept), device=x.device)
+        return torch.tensor(sorted(kept)).to(x.device, non_blocking=True)  # device=x.device would wait for the device
 
     def scale(self) -> float:
         """What the output of an open branch is multiplied by."""
