@@ -191,7 +191,8 @@ def main() -> None:
     print_table(rows)
     if args.output:
         prefix = Path(args.output)
-        flags = dict(vars(args), timm_train=args.timm_train and Path(args.timm_train).name)  # its place says nothing
+        flags = dict(vars(args), timm_train=args.timm_train and Path(args.timm_train).name,
+                     output=prefix.name)  # their places say nothing
         results = dict(rows=rows, args=flags, hardware=hardware(accelerator, amp), versions=versions())
         write_atomic(prefix.with_suffix('.json'), (json.dumps(results, indent=2) + '\n').encode())
         write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
