@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import paper
-from experiments import BUDGETS, COLD_MODES, DEPTH1202, FIG8_LEFT, FIG8_RIGHT, MODES, TABLE1, Experiment
+from config import read_recipe
+from experiments import BUDGETS, DEPTH1202, FIG8_LEFT, FIG8_RIGHT, MODES, RECIPE_LR_MODES, TABLE1, Experiment
 from figures import save_gradients, save_losses, save_map, save_survival
 from run_folder import write_atomic
 
@@ -216,22 +217,24 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
 
     def modes(self) -> str:
         """Beyond the paper: the three ways of dropping at the same rates."""
+        constant, stochastic = TABLE1['cifar10']
+        rate = read_recipe('cifar10')['lr']
         lines = ['## Beyond the paper: what is dropped\n',
-                 '110 layers on CIFAR-10+, p_L = 0.5, linear decay, the branch divided by p_l in training. `batch`: a '
-                 'block for the whole mini-batch (the paper); `sample`: for each sample by itself '
-                 "(timm's DropPath); `subset`: for a fixed number of random samples (DINOv2).\n",
-                 'With a warm-up the first fiftieth of the epochs is at a learning rate of 0.01.\n',
-                 '| dropped | warm-up | test error | seconds an epoch | of constant depth | epochs | budget | seeds |',
-                 '|---|---|---|---|---|---|---|---|']
-        constant = TABLE1['cifar10'][0]
-        rows = [('nothing', constant), *MODES.items(), *COLD_MODES.items()]
-        for budget in self.budgets([*MODES.values(), *COLD_MODES.values()]):
+                 '110 layers on CIFAR-10+, p_L = 0.5, linear decay. `batch`: a block for the whole mini-batch (the '
+                 "paper); `sample`: for each sample by itself (timm's DropPath); `subset`: for a fixed number of random "
+                 'samples (DINOv2). Scale `eval` multiplies the branch by p_l in evaluation (the paper), `train` divides '
+                 f'it by p_l in training, for which the learning rate of the recipe, {rate}, is too high.\n',
+                 '| dropped | scale | learning rate | test error | seconds an epoch | of constant depth | epochs '
+                 '| budget | seeds |',
+                 '|---|---|---|---|---|---|---|---|---|']
+        rows = [('nothing', constant), ('batch', stochastic), *MODES.items(), *RECIPE_LR_MODES.items()]
+        for budget in self.budgets([*MODES.values(), *RECIPE_LR_MODES.values()]):
             base = self.find(constant, budget)
             for name, run in rows:
                 found = self.find(run, budget)
-                lines.append(f'| {name} | {"yes" if run.warmup else "no"} | {cell(found.errors)} '
-                             f'| {cell(found.seconds, 0)} | {time_ratio(found, base)} | {epochs(found)} '
-                             f'| {budget if found.results else ""} | {len(found.results) or ""} |')
+                lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
+                             f'| {cell(found.errors)} | {cell(found.seconds, 0)} | {time_ratio(found, base)} '
+                             f'| {epochs(found)} | {budget if found.results else ""} | {len(found.results) or ""} |')
         return '\n'.join(lines)
 
     def write(self) -> Path:

@@ -12,7 +12,7 @@ import torch
 
 import paper
 from config import parse, train_parser
-from experiments import DEPTH1202, FIG8_RIGHT, MODES, TABLE1, TARGETS, Experiment
+from experiments import DEPTH1202, FIG8_RIGHT, MODES, RECIPE_LR_MODES, TABLE1, TARGETS, Experiment
 from reproduce import command as command_of
 from reproduce import reason, reproduce_parser
 from test_train import bench, command
@@ -51,9 +51,13 @@ def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
         assert full[flag] == short[flag]
 
 
+def test_the_ways_of_dropping_start_at_a_learning_rate_they_bear():
+    rates = [parse(train_parser(), runs['sample'].flags('short', 0, None)).lr for runs in (MODES, RECIPE_LR_MODES)]
+    assert rates == [0.01, 0.1]
+
+
 @pytest.mark.parametrize(('experiment', 'epochs'), [
-    (TABLE1['cifar10'][1], [4, 2, 2]), (TABLE1['svhn'][1], [2, 1, 1]), (DEPTH1202[1], [1, 3, 2, 2]),
-    (MODES['sample'], [1, 3, 2, 2])])
+    (TABLE1['cifar10'][1], [4, 2, 2]), (TABLE1['svhn'][1], [2, 1, 1]), (DEPTH1202[1], [1, 3, 2, 2])])
 def test_a_short_schedule_has_every_phase(experiment, epochs):
     args = parse(train_parser(), experiment.flags('short', 0, None))
     _, scheduler = build_optimizer(args, torch.nn.Linear(1, 1), 1)
