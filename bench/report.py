@@ -221,9 +221,10 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
         rate = read_recipe('cifar10')['lr']
         lines = ['## Beyond the paper: what is dropped\n',
                  '110 layers on CIFAR-10+, p_L = 0.5, linear decay. `batch`: a block for the whole mini-batch (the '
-                 "paper); `sample`: for each sample by itself (timm's DropPath); `subset`: for a fixed number of random "
-                 'samples (DINOv2). Scale `eval` multiplies the branch by p_l in evaluation (the paper), `train` divides '
-                 f'it by p_l in training, for which the learning rate of the recipe, {rate}, is too high.\n',
+                 "paper); `sample`: for each sample by itself (timm's DropPath); `subset`: for a fixed number of "
+                 'random samples (DINOv2). Scale `eval` multiplies the branch by p_l in evaluation (the paper), '
+                 f'`train` divides it by p_l in training; for that the learning rate of the recipe, {rate}, is too '
+                 'high.\n',
                  '| dropped | scale | learning rate | test error | seconds an epoch | of constant depth | epochs '
                  '| budget | seeds |',
                  '|---|---|---|---|---|---|---|---|---|']
