@@ -136,11 +136,12 @@ class Report:
         for data, hours in paper.TABLE2.items():
             for budget in self.budgets(TABLE1[data]):
                 constant, stochastic = (self.find(run, budget) for run in TABLE1[data])
-                on = machine(constant, stochastic)
+                on = machine(constant, stochastic) if constant.seconds or stochastic.seconds else ''
                 lines.append(f'| {NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
                              f'| {hours.stochastic / hours.constant:.3f} | {cell(constant.seconds, 0)} '
                              f'| {cell(stochastic.seconds, 0)} | {time_ratio(stochastic, constant)} '
-                             f'| {epochs(constant, stochastic)} | {budget if on else ""} | {on} |')
+                             f'| {epochs(constant, stochastic)} '
+                             f'| {budget if epochs(constant, stochastic) else ""} | {on} |')
         return '\n'.join(lines)
 
     def curves(self) -> str:
