@@ -58,10 +58,11 @@ def cell(values: Sequence[float], digits: int = 2) -> str:
 
 def machine(*found: Found) -> str:
     """What all of these runs were made on; 'several' if it wasn't the same, down to threads and precision."""
-    kinds = {json.dumps(results['hardware']) for runs in found for results in runs.results}
+    kinds = {tuple(results['hardware'][key] for key in ('device', 'amp', 'processes', 'threads'))
+             for runs in found for results in runs.results}
     if len(kinds) > 1:
         return 'several'
-    return ''.join(f'{kind["device"]}, {"bf16" if kind["amp"] else "fp32"}' for kind in map(json.loads, kinds))
+    return ''.join(f'{device}, {"bf16" if amp else "fp32"}' for device, amp, *_ in kinds)
 
 
 def time_ratio(ours: Found, base: Found) -> str:
