@@ -201,4 +201,5 @@ def save_map(theirs: dict[float, dict[int, float]], ours: dict[float, dict[int, 
         axes.set(xlabel='layers', ylabel='p_L', title=title)
         axes.set_xticks(range(len(depths)), depths)
         axes.set_yticks(range(len(theirs)), [f'{p_last:g}' for p_last in theirs])
+        figure.colorbar(image, ax=axes, label='test error (%)')  # each panel has its own: ours may be far from theirs
     _save(figure, (), path)

@@ -23,10 +23,9 @@ HEAD = """# Reproduction
 
 Written by `python bench/reproduce.py report` from [runs/](runs), the results.json and summary.csv of each finished run.
 A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
-seed, or the mean over several with its standard deviation. An empty cell was not run. The budgets `medium` and `short`
-are the paper's recipe in few epochs, its learning rate steps moved in proportion. Errors stay far above the paper's,
-and in few epochs what learns fastest wins, shallow networks that drop little: only `full` can be held against the
-paper. `smoke` tries the machinery on handwritten digits and says nothing about it.
+seed, or the mean over several with its standard deviation and their number. An empty cell was not run. The budgets
+`medium` and `short` are the paper's recipe in few epochs, its learning rate steps moved in proportion: only `full` can
+be held against the paper. `smoke` tries the machinery on handwritten digits and says nothing about it.
 """
 
 
@@ -51,8 +50,8 @@ class Found(NamedTuple):
 
 
 def cell(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and of several the standard deviation; nothing of nothing."""
-    spread = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    """Mean, and of several the standard deviation and their number; nothing of nothing."""
+    spread = f' ± {statistics.stdev(values):.{digits}f} ({len(values)})' if len(values) > 1 else ''
     return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
 
 
@@ -82,8 +81,11 @@ def epochs(*found: Found) -> str:
 
 
 def gradient_phases(rows: list[dict[str, float]]) -> list[float]:
-    """Mean absolute gradient of a run while the learning rate stays the same, in 1e-5."""
-    return [statistics.mean(row['grad_magnitude'] for row in phase) * 1e5
+    """Mean absolute gradient of a run while the learning rate stays the same, in 1e-5.
+
+    The median over the epochs: in a short phase the first epoch, of untrained weights, would be most of the mean.
+    """
+    return [statistics.median(row['grad_magnitude'] for row in phase) * 1e5
             for _, phase in groupby(rows, key=lambda row: row['lr'])]
 
 
@@ -153,7 +155,8 @@ Final training loss in the paper: {paper.FIG3.constant:g} at constant depth, {pa
 Ours by validation error, since the test images are looked at once, when a run is finished; drawn is the first seed.
 """, """## Figure 7: gradients of the first block's first convolution
 
-Mean absolute gradient in the three phases of the learning rate, in 1e-5.
+Mean absolute gradient in the three phases of the learning rate, the median of their epochs, in 1e-5; drawn is the first
+seed.
 
 | | phase | constant | stochastic | ratio |
 |---|---|---|---|---|"""]
@@ -221,23 +224,26 @@ Mean absolute gradient in the three phases of the learning rate, in 1e-5.
         """Beyond the paper: the three ways of dropping at the same rates."""
         constant, stochastic = TABLE1['cifar10']
         rate = read_recipe('cifar10')['lr']
+        timed = self.folder / 'throughput_modes.json'  # of throughput.py
+        times = json.loads(timed.read_text()) if timed.exists() else {}
+        steps = {row['name'].partition(',')[0]: row['ratio'] for row in times.get('rows', [])}
+        on = f" They were measured on {times['hardware']['device']}." if times else ''
         lines = ['## Beyond the paper: what is dropped\n',
                  '110 layers on CIFAR-10+, p_L = 0.5, linear decay. `batch`: a block for the whole mini-batch (the '
                  "paper); `sample`: for each sample by itself (timm's DropPath); `subset`: for a fixed number of "
                  'random samples (DINOv2). Scale `eval` multiplies the branch by p_l in evaluation (the paper), '
-                 f'`train` divides it by p_l in training; for that the learning rate of the recipe, {rate}, is too '
-                 'high.\n',
-                 '| dropped | scale | learning rate | test error | seconds an epoch | of constant depth | epochs '
-                 '| budget | seeds |',
-                 '|---|---|---|---|---|---|---|---|---|']
+                 '`train` divides it by p_l in training. Steps are timed in turns and told in those of constant '
+                 f'depth, the median and the quartiles.{on}\n',
+                 '| dropped | scale | learning rate | test error | time a step | epochs | budget | seeds |',
+                 '|---|---|---|---|---|---|---|---|']
         rows = [('nothing', constant), ('batch', stochastic), *MODES.items(), *RECIPE_LR_MODES.items()]
         for budget in self.budgets([*MODES.values(), *RECIPE_LR_MODES.values()]):
-            base = self.find(constant, budget)
             for name, run in rows:
-                found = self.find(run, budget)
+                found, step = self.find(run, budget), steps.get(name) if run.scale == 'train' else None
+                time = f'{step["median"]:.2f} ({step["q1"]:.2f} to {step["q3"]:.2f})' if step else ''
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
-                             f'| {cell(found.errors)} | {cell(found.seconds, 0)} | {time_ratio(found, base)} '
-                             f'| {epochs(found)} | {budget if found.results else ""} | {len(found.results) or ""} |')
+                             f'| {cell(found.errors)} | {time} | {epochs(found)} | {budget if found.results else ""} '
+                             f'| {len(found.results) or ""} |')
         return '\n'.join(lines)
 
     def write(self) -> Path:

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def reproduce_parser() -> Parser:
     parser.add_argument('--depth', type=count, nargs='+', help='only these depths')
     parser.add_argument('--drop-path', type=rate, nargs='+', help='only these 1 - p_L')
     parser.add_argument('--processes', type=count, default=1, metavar='N',
-                        help='runs at the same time, each on its part of the cores')
-    parser.add_argument('--cluster', help="submitit's name of a cluster: slurm, or local to try it here")
+                        help='runs at the same time on one device, each on its part of the cores')
+    parser.add_argument('--cluster', help="submitit's name of a cluster: slurm, or local to try it here, all at once")
     add_key_values(parser, '--cluster-options',
                    help="submitit's, such as timeout_min=1440 slurm_partition=gpu gpus_per_node=1")
     parser.add_argument('--grad-checkpointing', action='store_true', help="train.py's, where 1202 layers don't fit")
@@ -121,12 +122,12 @@ def print_plan(runs: list[tuple[Experiment, int]], args: Any) -> None:
     print(f'about {total:.1f} hours on this machine, from a step timed now; ImageNet is not in it')
 
 
-def make_folder(path: Path) -> None:
-    """Makes a folder of results; UserError if it can't."""
+def make_folder(path: Path, flag: str) -> None:
+    """Makes a folder; UserError that names its flag if it can't."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{path} can not be written ({error.strerror}); choose another with --results') from error
+        raise UserError(f'{path} can not be written ({error.strerror}); choose another with {flag}') from error
 
 
 def keep(name: str, args: Any) -> None:
@@ -134,7 +135,7 @@ def keep(name: str, args: Any) -> None:
     run, place = Path(args.output, name), Path(args.results, 'runs', name)
     results = RunFolder(run).read_results()
     if results is not None:
-        make_folder(place)
+        make_folder(place, '--results')
         write_atomic(place / 'summary.csv', (run / 'summary.csv').read_bytes())
         RunFolder(place).write_results(without_paths(results))  # last: it says that the other is there
 
@@ -176,6 +177,16 @@ def reason(error: Exception, log: str | None) -> str:
     return next((line for line in reversed(lines) if 'error: ' in line), lines[-1] if lines else str(error))
 
 
+def train_one(line: list[str], log: Path | None) -> None:
+    """Runs train.py. Where several run, what it says goes to a file: a pipe would end it with this process.
+
+    Raises:
+        CalledProcessError: If it fails.
+    """
+    with log.open('w') if log else nullcontext() as stderr:  # one by itself shows its own bar
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=stderr)
+
+
 def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
     """Trains what isn't complete, each run from its last checkpoint.
 
@@ -183,27 +194,27 @@ def train(runs: list[tuple[Experiment, int]], args: Any) -> None:
         UserError: If some fail; the others go on meanwhile.
     """
     kept = Path(args.results, 'runs')
-    make_folder(kept)
+    make_folder(kept, '--results')
+    make_folder(Path(args.output), '--output')
     places = {experiment.name(args.budget, seed): (experiment, seed) for experiment, seed in runs}
     for name in places:
         if not (kept / name / 'results.json').exists():
             keep(name, args)  # a kill may have come between a run's end and this
     left = [name for name in places if not (kept / name / 'results.json').exists()]
     executor, threads = make_executor(args)
-    stderr = subprocess.PIPE if args.cluster is None and args.processes > 1 else None  # one run shows its own bar
+    several = args.cluster is None and args.processes > 1
+    logs = {name: Path(args.output, f'{name}.log') for name in left} if several else {}
     jobs: dict[str, Any] = {}
     failed = []
     try:
         for name in left:
-            line = command(*places[name], threads, args)
             with user_errors(f'--cluster {args.cluster}'):  # submitit's, of a partition that isn't there
-                jobs[name] = executor.submit(subprocess.run, line, check=True, stdout=subprocess.DEVNULL,
-                                             stderr=stderr, text=True)
+                jobs[name] = executor.submit(train_one, command(*places[name], threads, args), logs.get(name))
         for name, job in tqdm(jobs.items(), unit='run', desc=f'{args.target}, {len(places) - len(left)} done before'):
             try:
                 job.result()
             except Exception as error:  # a training's, or submitit's
-                log = job.stderr() if args.cluster else getattr(error, 'stderr', None)
+                log = job.stderr() if args.cluster else logs[name].read_text() if logs else None
                 failed.append(f'{name}: {reason(error, log)}')
             else:
                 keep(name, args)
@@ -220,7 +231,7 @@ def main() -> None:
     args = parse(reproduce_parser())
     args.results = args.results or (args.output if args.budget == 'smoke' else str(Path(__file__).parent / 'results'))
     if args.target == 'report':
-        make_folder(Path(args.results))
+        make_folder(Path(args.results), '--results')
         print(Report(Path(args.results)).write())
         return
     runs = chosen(args)

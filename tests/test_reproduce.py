@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from itertools import groupby
 
 import pytest
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 
 import paper
-from config import parse, train_parser
+from config import changed_from_recipe, parse, train_parser
 from experiments import DEPTH1202, FIG8_RIGHT, MODES, RECIPE_LR_MODES, TABLE1, TARGETS, Experiment
 from reproduce import command as command_of
 from reproduce import reason, reproduce_parser
@@ -39,6 +40,7 @@ def test_trainings_that_several_figures_need_are_one():
     assert len(TARGETS['fig8_right']) == 36
     names = [run.name('full', 0) for run in TARGETS['all']]
     assert len(set(names)) == len(names)
+    assert all(run.name('full', 0) not in names for run in RECIPE_LR_MODES.values())  # known not to train
 
 
 def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
@@ -49,6 +51,8 @@ def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
     assert (short['--epochs'], short['--decay-milestones']) == ('8', '5')
     for flag in ('-c', '--model', '--drop-path', '--drop-path-scale'):
         assert full[flag] == short[flag]
+    args = parse(train_parser(), Experiment().flags('full', 0, None))
+    assert changed_from_recipe(vars(args)) == {}
 
 
 def test_the_ways_of_dropping_start_at_a_learning_rate_they_bear():
@@ -132,6 +136,25 @@ def test_goes_on_after_kill_9_to_the_same_weights(finished, tmp_path):
     assert results['model'] == 'sd_resnet20_cifar.c10'
 
 
+def test_a_training_outlives_the_command_that_started_it(tmp_path):
+    process = subprocess.Popen(command('reproduce.py', *SMALL, '--processes', '2', *folders(tmp_path)),
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    folder = tmp_path / 'output' / NAME
+    try:
+        while not list(folder.glob('checkpoints/checkpoint-*.pt')):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 120
+        while not (folder / 'results.json').exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert (folder / 'results.json').exists()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_report_has_what_was_run_and_empty_cells(finished):
     result = bench('reproduce.py', 'report', '--results', finished / 'results')
     assert result.returncode == 0, result.stderr
@@ -156,16 +179,20 @@ def test_report_means_over_seeds_and_draws_every_figure(finished, tmp_path):
                 results['hardware'].update(threads=1, cores=2)
             (place / 'results.json').write_text(json.dumps(results))
             (place / 'summary.csv').write_text((source / 'summary.csv').read_text())
+    rows = [dict(name='subset, p_L 0.5', ratio=dict(median=0.987, q1=0.9, q3=1.))]
+    (tmp_path / 'throughput_modes.json').write_text(json.dumps(dict(rows=rows, hardware=dict(device='an abacus'))))
     (tmp_path / 'notes.md').write_text('## What was noticed\n')
     result = bench('reproduce.py', 'report', '--results', tmp_path)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / 'REPRODUCTION.md').read_text()
     assert text.endswith('\n## What was noticed\n')
-    assert '| SVHN | 1.80 | 1.75 | 5.50 ± 0.71 | 5.50 ± 0.71 | 4 | short | 2 and 2 |' in text
+    assert '| SVHN | 1.80 | 1.75 | 5.50 ± 0.71 (2) | 5.50 ± 0.71 (2) | 4 | short | 2 and 2 |' in text
     assert '| SVHN | 1.80 | 1.75 | 4.00 | 4.00 | 4 | full | 1 and 1 |' in text
     times = [line for line in text.partition('## Table 2')[2].splitlines() if line.startswith('| CIFAR-10+')]
     assert '| 0.730 |  |  |  | 4 | full |' in times[0]
     assert '| 1.000 | 4 | short |' in times[1]
+    assert '| subset | train | 0.01 | 5.50 ± 0.71 (2) | 0.99 (0.90 to 1.00) | 4 | short | 2 |' in text
+    assert 'an abacus' in text
     table = text.partition('## Figure 7')[2].partition('![')[0].strip().splitlines()
     assert all(line.startswith('| `') for line in table[-2:])  # one table, the pictures behind it
     for line in text.splitlines():
@@ -196,6 +223,7 @@ def test_submitit_runs_it_too(tmp_path):
     (['table1', '--data', '/nowhere'], ['/nowhere', 'cifar10, cifar100, imagenet, svhn', '--recipe']),
     (['report', '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
     ([*SMALL, '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
+    ([*SMALL, '--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),
     ([*SMALL, '--cluster', 'local', '--processes', '2'], ['--processes 2']),
     (['table3'], ['table3', 'table1']),
     ([*SMALL, '--cluster', 'nowhere'], ['nowhere']),
