@@ -28,12 +28,16 @@ class UserError(Exception):
     """A mistake the user can mend: its message names the thing, the value and the way out, in one line."""
 
 
+class RankError(UserError):
+    """One that a process may meet alone, such as a damaged image in its part: it speaks up, whatever its rank."""
+
+
 def run(main: Callable[[], Any]) -> None:
     """Runs a script's `main`; a `UserError` becomes one line on stderr and exit status 2."""
     try:
         main()
     except UserError as error:
-        if os.environ.get('LOCAL_RANK', '0') == '0':
+        if isinstance(error, RankError) or os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -71,7 +71,7 @@ def load_split(
     if not is_folder and name != 'digits':
         _check_hub(name, revision or None)
     try:
-        if is_folder and config not in datasets.get_dataset_config_names(name):
+        if is_folder and config is not None and config not in datasets.get_dataset_config_names(name):
             config = None  # a folder of bare files in place of the Hub data set that a recipe names
         splits = _digits() if name == 'digits' else datasets.load_dataset(
             name, config, revision=revision or None, streaming=streaming)

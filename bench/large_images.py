@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from batches import Batches
-from config import UserError
+from config import RankError, UserError
 from data import Split, check_labels, decode
 
 SHUFFLE_BUFFER = 1000  # encoded images that a stream is shuffled among, in each worker
@@ -103,11 +103,10 @@ class LoaderBatches(Batches):
             for x, target in batches:
                 yield x.to(self.device), target.to(self.device), len(target) * self.world_size
         except Exception as error:  # of a worker: the message is a traceback
-            last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            if isinstance(error, UserError) and 'Traceback' not in str(error):
-                raise
+            *_, last = (str(error).strip() or type(error).__name__).splitlines()
             _, ours, said = last.rpartition('UserError: ')
-            raise UserError(said if ours else f'{self.data.split.where} can not be read: {said}') from error
+            is_ours = ours or isinstance(error, UserError)
+            raise RankError(said if is_ours else f'{self.data.split.where} can not be read: {said}') from error
 
     def _draws(self) -> torch.Generator:
         """What the workers of this rank draw their augmentation from: another rank's are others."""

@@ -1,4 +1,5 @@
 """The figures of the paper (arXiv 1603.09382, v3) that ours stand beside: test errors in percent, times in hours."""
+import re
 from typing import NamedTuple
 
 
@@ -49,7 +50,10 @@ FIG8_RIGHT = {p_last: dict(zip(DEPTHS, errors, strict=True)) for p_last, errors 
 def error_of(model: str) -> str | None:
     """The paper's test error for a model of this package, for its card: full budget, selected as here."""
     name, _, tag = model.partition('.')
-    depth = int(''.join(char for char in name if char.isdigit()))
+    network = re.fullmatch(r'sd_resnet(\d+)_cifar', name)
+    if network is None:
+        return None
+    depth = int(network[1])
     pair = {(110, 'c10'): TABLE1['cifar10'], (110, 'c100'): TABLE1['cifar100'], (152, 'svhn'): TABLE1['svhn'],
             (1202, 'c10'): DEPTH1202}.get((depth, tag))
     if pair is not None:

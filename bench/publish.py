@@ -43,12 +43,17 @@ def architecture(model: str) -> str:
 
 
 def full_name(results: dict[str, Any]) -> str:
-    """The model's name with its tag; that of a network of timm's own says what it was trained on."""
-    name = results['model'].partition('.')[0]
-    if timm.is_model(name.removeprefix('sd_')):
-        return f'{name}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
+    """The model's name with its tag: the package's if it stands for the data, else one that says what they are."""
     cfg: Any = timm.get_pretrained_cfg(results['model'])
-    return f'{cfg.architecture}.{cfg.tag}'
+    if DATASETS.get(cfg.tag) == dataset_of(results):
+        return f'{cfg.architecture}.{cfg.tag}'
+    return f'{cfg.architecture}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
+
+
+def kwargs_of(results: dict[str, Any]) -> dict[str, Any]:
+    """--model-kwargs without the method's: what the plain network is made with."""
+    kwargs = results['args']['model_kwargs']
+    return {key: value for key, value in kwargs.items() if not key.startswith('drop_path')}
 
 
 def dataset_of(results: dict[str, Any]) -> str:
@@ -79,7 +84,7 @@ def make_card(folder: Path, repo: str | None = None) -> str:
     name, dataset = full_name(results), dataset_of(results)
     hub_dataset = dataset if re.fullmatch(r'[\w-]+/[\w.-]+', dataset) else None
     classes, size = classes_and_size(results)
-    features: Any = timm.create_model(architecture(name), features_only=True).eval()
+    features: Any = timm.create_model(architecture(name), features_only=True, **kwargs_of(results)).eval()
     data = ModelCardData(
         library_name='timm', license='apache-2.0', pipeline_tag='image-classification', model_name=name,
         tags=['image-classification', 'timm', 'stochastic-depth'], datasets=hub_dataset and [hub_dataset],
@@ -93,7 +98,7 @@ def make_card(folder: Path, repo: str | None = None) -> str:
         paper=paper.error_of(name), paper_epochs=paper.EPOCHS.get(results['recipe']),
         saving=measured_saving(name, results['drop_path_rate'], results['args']['drop_path_schedule'] or 'linear'),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
-        width=timm.create_model(architecture(name)).num_features)
+        width=timm.create_model(architecture(name), **kwargs_of(results)).num_features)
     return str(card)
 
 
@@ -102,13 +107,10 @@ def read_run(run_folder: Path) -> tuple[str, dict[str, Any]]:
     results = RunFolder(run_folder).read_results()
     if results is None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
-    check_model_name(results['model'])
+    results['model'] = check_model_name(results['model'])  # of hf-hub:ORG/NAME too
     name = full_name(results)
-    meant = DATASETS.get(name.partition('.')[2], dataset_of(results))
     if results['blocks'] is None or results['args']['drop_path_mode'] not in (None, 'batch'):
         raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')
-    if dataset_of(results) != meant:
-        raise UserError(f'{run_folder} was trained on {results["dataset"]}; {name} stands for {meant}')
     return name, without_paths(results)
 
 
@@ -128,7 +130,7 @@ def write_repository(run_folder: Path, folder: Path, repo: str) -> None:
     name, results = read_run(run_folder)
     write_card_folder(run_folder, results, folder, repo)
     classes, size = classes_and_size(results)
-    model: Any = timm.create_model(architecture(name), num_classes=classes)
+    model: Any = timm.create_model(architecture(name), num_classes=classes, **kwargs_of(results))
     labels = dict(label_names=results['label_names']) if 'label_names' in results else {}
     given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
     if results['args']['in_memory']:  # whole images

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import zipfile
 from datetime import datetime
@@ -230,6 +231,7 @@ def find_run_folder(args: dict[str, Any], name: str) -> RunFolder:
         UserError: If a new run would overwrite an old one, or the flags differ from those of the run to go on with.
     """
     output, resume = Path(args['output']), args['resume']
+    name = re.sub(r'[^\w.-]', '_', name)  # of hf-hub:ORG/NAME too: `auto` looks into the folders of `output`, no deeper
     folder = RunFolder(output / (args['experiment'] or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'))
     if resume not in (None, 'auto'):
         folder = RunFolder(Path(resume))

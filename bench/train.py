@@ -5,6 +5,7 @@ Without arguments it runs the recipe `quickstart`, on data that scikit-learn shi
 import json
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -128,7 +129,6 @@ def restore(job: Run) -> dict[str, Any]:
         state = {key: checkpoint[key] for key in state}
         load_raw_state(job.model, checkpoint['raw_model'])
         job.optimizer.load_state_dict(checkpoint['optimizer'])
-        torch.set_rng_state(checkpoint['rng'])
     # the schedule follows from the epoch alone
     job.scheduler.step(state['epoch'])
     job.scheduler.step_update(state['epoch'] * len(job.batches['train']))
@@ -185,6 +185,8 @@ def train(job: Run) -> dict[str, Any]:
         for epoch in range(state['epoch'], args.epochs):
             bar.set_description(f'epoch {epoch + 1}/{args.epochs}', refresh=False)
             batches.set_epoch(epoch)
+            # the masks of DropPath and dropout: each rank has its own, and a resumed run those of a whole one
+            torch.manual_seed(random.Random(f'{args.seed}/{epoch}/{accelerator.process_index}').getrandbits(63))
             if gates is not None:
                 gates.set_epoch(epoch)
             lr, start = optimizer.param_groups[0]['lr'], time.perf_counter()
@@ -206,8 +208,7 @@ def train(job: Run) -> dict[str, Any]:
             state['epoch'] = epoch + 1
             if accelerator.is_main_process:
                 folder.save_checkpoint(dict(
-                    state, raw_model=raw_state(job.model), optimizer=optimizer.state_dict(),
-                    rng=torch.get_rng_state()), args.checkpoint_hist)
+                    state, raw_model=raw_state(job.model), optimizer=optimizer.state_dict()), args.checkpoint_hist)
                 folder.write_summary(state['rows'])
                 bar.write(f'epoch {epoch + 1:3d}: train_loss {train_loss:.4f}, eval_loss {val["loss"]:.4f}, '
                           f'eval_top1 {val["top1"]:.2f}, lr {lr:.4g}, {batches.images / seconds:.0f} images/s',
@@ -256,7 +257,8 @@ def finish(job: Run, state: dict[str, Any]) -> dict[str, Any]:
     if job.accelerator.is_main_process:
         folder.write_summary(rows)
         folder.write_weights(weights, dict(
-            origin, selected_epoch=state['best_epoch'], test_top1_err=best['top1_err'],
+            origin, img_size=args.img_size, mean=args.mean, std=args.std, selected_epoch=state['best_epoch'],
+            test_top1_err=best['top1_err'],
             test_top1_err_last_epoch=last['top1_err'], timm_sd=timm_sd.__version__))
         save_curves(rows, results, folder.path / 'curves.png')
         folder.write_results(results)  # last: it says that the run is complete

@@ -27,16 +27,21 @@ from parts import load_part, make_batches
 from run_folder import write_csv
 
 
-def model_of(checkpoint: Path) -> str:
-    """The model's name in a checkpoint's metadata, as train.py writes it."""
+def take_from_metadata(args: Any) -> None:
+    """Model, image size, mean and std, where no flag says them, as train.py writes them into a checkpoint."""
     try:
-        with safetensors.safe_open(checkpoint, 'pt') as file:
-            name = (file.metadata() or {}).get('model')
+        with safetensors.safe_open(args.checkpoint, 'pt') as file:
+            metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f'--checkpoint {checkpoint} can not be read as safetensors: {error}') from error
-    if name is None:
-        raise UserError(f'--checkpoint {checkpoint} does not say which model it is; give --model')
-    return name
+        if args.model is not None:  # timm reads other files too
+            return
+        raise UserError(f'--checkpoint {args.checkpoint} can not be read as safetensors: {error}') from error
+    if args.model is None and 'model' not in metadata:
+        raise UserError(f'--checkpoint {args.checkpoint} does not say which model it is; give --model')
+    args.model = args.model or metadata['model']
+    for key in ('img_size', 'mean', 'std'):
+        if getattr(args, key) is None:
+            setattr(args, key, json.loads(metadata.get(key, 'null')))
 
 
 def load_model(args: Any, num_classes: int) -> Any:
@@ -60,8 +65,8 @@ def load_model(args: Any, num_classes: int) -> Any:
 def main() -> None:
     """Loads data and model, evaluates, prints and writes one row of results."""
     args = parse(validate_parser())
-    if args.checkpoint and args.model is None:
-        args.model = model_of(Path(args.checkpoint))
+    if args.checkpoint:
+        take_from_metadata(args)
     if args.model is None:
         raise UserError('neither --model nor --checkpoint is given')
     check_model_name(args.model)

@@ -104,8 +104,8 @@ def test_publish_and_load_back(hub, client, run_folder):
 
 
 def test_timms_own_architecture_needs_no_plugin(hub, client, tmp_path):
-    train = [ROOT / 'bench' / 'train.py', '--model', 'sd_resnet18', '--img-size', '32', '--epochs', '1', '--no-amp',
-             '--output', tmp_path, '--experiment', 'a']
+    train = [ROOT / 'bench' / 'train.py', '--model', 'sd_resnet18', '--model-kwargs', 'global_pool=max', '--img-size',
+             '32', '--epochs', '1', '--no-amp', '--output', tmp_path, '--experiment', 'a']
     assert client.run(*train).returncode == 0
     result = client.publish(tmp_path / 'a', '--repo', 'our/sd18')
     assert result.returncode == 0, result.stderr
@@ -116,8 +116,8 @@ def test_timms_own_architecture_needs_no_plugin(hub, client, tmp_path):
         'resnet18', 10, 'sd_digits')
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
     plain = client.run('-c', "import timm; m = timm.create_model('hf-hub:our/sd18', pretrained=True); "
-                             "print(type(m).__module__, m.num_classes)")
-    assert plain.stdout == 'timm.models.resnet 10\n', plain.stderr
+                             "print(type(m).__module__, m.num_classes, m.global_pool.pool_type)")
+    assert plain.stdout == 'timm.models.resnet 10 max\n', plain.stderr
     refused = client.publish(tmp_path / 'a', '--bundle')
     assert refused.returncode == 2
     assert 'sd_resnet18.sd_digits' in last_line(refused)

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import validate
-from config import UserError
+from config import RankError, UserError, run
 from data import open_split
 from large_images import LoaderBatches, load_image_rows
 from parts import hold_out
@@ -116,10 +116,20 @@ def test_a_damaged_image_is_named_in_one_line(folder, tmp_path):
         place.mkdir(parents=True)
         Image.new('RGB', (9, 9)).save(place / 'good.png')
     (place / 'bad.png').write_bytes((place / 'good.png').read_bytes()[:40])
-    with pytest.raises(UserError) as error:
+    with pytest.raises(RankError) as error:
         list(batches(str(tmp_path), size=1))
     assert 'bad.png is damaged' in str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_every_rank_says_what_it_may_meet_alone(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for kind, lines in ((RankError, 1), (UserError, 0)):
+        def main(kind=kind):
+            raise kind('bad.png is damaged')
+        with pytest.raises(SystemExit, match='2'):
+            run(main)
+        assert capsys.readouterr().err.count('bad.png is damaged\n') == lines
 
 
 def test_a_stream_of_unknown_length_is_refused(folder):

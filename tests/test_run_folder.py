@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import run_folder
-from run_folder import RunFolder
+from run_folder import RunFolder, find_run_folder
 
 LAYER = 'layer.weight'
 
@@ -78,3 +78,11 @@ def test_a_state_without_one_of_its_parts_is_passed_over(folder, damage, capsys)
         part.write_bytes(content[::-1])
     assert folder.load_checkpoint()['epoch'] == 2
     assert 'checkpoint-0003.pt is damaged' in capsys.readouterr().err
+
+
+def test_a_run_of_a_hub_repository_is_found_again(tmp_path):
+    args = dict(output=str(tmp_path), resume='auto', experiment=None, model='hf-hub:our/net')
+    new = find_run_folder(args, 'hf-hub:our/net-32')
+    assert new.path.parent == tmp_path
+    new.create(args)
+    assert find_run_folder(args, 'hf-hub:our/net-32').path == new.path

@@ -252,6 +252,18 @@ def test_folding_survives_another_batch_norm(replace):
         model.load_state_dict(state)
 
 
+def test_activation_checkpointing_with_frozen_batch_norm():
+    model = freeze_batch_norm_2d(network().train())
+    model.set_grad_checkpointing()
+    model(images()).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_subset_of_nothing():
+    model = network(drop_path_mode='subset').train()
+    assert model(images(0)).shape == (0, 10)
+
+
 def test_a_branch_that_ends_in_an_attention_can_not_absorb_p():
     squeeze = dict(block_args=dict(attn_layer='se'))
     timm.create_model('sd_resnet18', **squeeze)

@@ -97,9 +97,8 @@ def test_validate_finds_the_stated_error(finished, tmp_path):
     folder, _ = finished
     results = json.loads((folder / 'results.json').read_text())
     out = tmp_path / 'results.csv'
-    args = yaml.safe_load((folder / 'args.yaml').read_text())
-    result = bench('validate.py', '--checkpoint', folder / 'model.safetensors', '--dataset', 'digits', '--img-size', 16,
-                   '--mean', *args['mean'], '--std', *args['std'], '--results-file', out, '-b', 50)
+    result = bench('validate.py', '--checkpoint', folder / 'model.safetensors', '--dataset', 'digits',
+                   '--results-file', out, '-b', 50)  # size, mean and std are in the file
     assert result.returncode == 0, result.stderr
     row = read_csv(out)[0]
     assert list(row) == ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct',

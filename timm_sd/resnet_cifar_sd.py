@@ -94,7 +94,7 @@ class BasicBlock(nn.Module):
     def statistics_at_rest(self) -> Iterator[None]:
         """Within it batch norm moves no running statistic: the recomputation must not do so a second time."""
         # not track_running_stats = False: autograd would then save fewer tensors than in the forward pass
-        layers: Any = (self.bn1, self.bn2)
+        layers: Any = [layer for layer in (self.bn1, self.bn2) if hasattr(layer, 'momentum')]  # a frozen one has none
         before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
         for layer in layers:
             layer.momentum = 0.

@@ -71,9 +71,11 @@ class DepthGate(nn.Module):
     def subset(self, x: torch.Tensor) -> torch.Tensor:
         """Which round(p_l B) of the samples `x` (B, ...) the branch runs on, (k,) int64; scales it by B / k."""
         key, size = self.gates.ask(self.index, x).key, len(x)
-        kept = random.Random(f'{key}/{self.index}').sample(range(size), max(1, round(self.survival_prob * size)))
-        self.train_scale = size / len(kept)
-        return torch.tensor(sorted(kept)).to(x.device, non_blocking=True)  # device=x.device would wait for the device
+        count = min(size, max(1, round(self.survival_prob * size)))  # 0 where a last batch leaves a rank without images
+        kept = random.Random(f'{key}/{self.index}').sample(range(size), count)
+        self.train_scale = size / max(1, count)
+        # device=x.device would wait for the device
+        return torch.tensor(sorted(kept), dtype=torch.int64).to(x.device, non_blocking=True)
 
     def scale(self) -> float:
         """What the output of an open branch is multiplied by."""
