@@ -105,8 +105,9 @@ class LoaderBatches(Batches):
         except Exception as error:  # of a worker: the message is a traceback
             *_, last = (str(error).strip() or type(error).__name__).splitlines()
             _, ours, said = last.rpartition('UserError: ')
-            is_ours = ours or isinstance(error, UserError)
-            raise RankError(said if is_ours else f'{self.data.split.where} can not be read: {said}') from error
+            if not ours and not isinstance(error, UserError):
+                said = f'{self.data.split.where} can not be read: {said}'
+            raise RankError(said) from error
 
     def _draws(self) -> torch.Generator:
         """What the workers of this rank draw their augmentation from: another rank's are others."""
