@@ -115,7 +115,7 @@ FIG8_LEFT = {(schedule, p_last): at(p_last, schedule=schedule)
              for schedule, errors in paper.FIG8_LEFT.items() for p_last in errors}
 FIG8_RIGHT = {(depth, p_last): at(p_last, depth=depth) for p_last in paper.FIG8_RIGHT for depth in paper.DEPTHS}
 # The three ways of dropping at the same rates, in the one scale that all of them know. In it 110 layers hardly
-# learned by the recipe, which has no warm-up before its learning rate of 0.1.
+# learned at the recipe's learning rate of 0.1 (results/notes.md).
 MODES = {mode: Experiment(mode=mode, scale='train', lr=0.01) for mode in ('batch', 'sample', 'subset')}
 RECIPE_LR_MODES = {mode: replace(run, lr=None) for mode, run in MODES.items()}
 

@@ -171,7 +171,9 @@ def save_survival(ours: dict[str, dict[float, float]], theirs: dict[str, dict[fl
     for axes, errors, title in zip(panels, (theirs, ours), ('paper, 500 epochs', f'ours, {budget}'), strict=True):
         for schedule, style in (('linear', STOCHASTIC), ('uniform', CONSTANT)):
             points = sorted(errors[schedule].items())
-            axes.plot([p for p, _ in points], [error for _, error in points], **{**style, 'label': schedule})
+            line = style['ls'] if len(points) > 2 else ''  # two points make no curve
+            axes.plot([p for p, _ in points], [error for _, error in points],
+                      **{**style, 'label': schedule, 'ls': line})
         axes.set(xlabel='p_L', ylabel='test error (%)', title=title, xlim=(0.05, 1.05))
     panels[0].legend(frameon=False)
     _save(figure, panels, path)

@@ -67,13 +67,14 @@ def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:
     return len(results.get('label_names', ())) or cfg.num_classes, results['args']['img_size'] or cfg.input_size[-1]
 
 
-def measured_saving(name: str, rate: float, schedule: str) -> dict[str, Any] | None:
+def measured_saving(name: str, rate: float, schedule: str, scale: str) -> dict[str, Any] | None:
     """What throughput.py measured for this network at this p_L: its row and the hardware, or None if it did not."""
-    wanted = name.partition('.')[0], Entry('batch', rate, schedule).name
+    wanted = name.partition('.')[0], Entry('batch', rate, schedule).name, scale
     for path in sorted(RESULTS.glob('throughput*.json')):
         measured: Any = json.loads(path.read_text())
+        measured_scale = measured['args'].get('drop_path_scale', 'train')
         for row in measured['rows']:
-            if (row['model'], row['name']) == wanted:
+            if (row['model'], row['name'], measured_scale) == wanted:
                 return dict(row, hardware=measured['hardware'])
     return None
 
@@ -96,7 +97,8 @@ def make_card(folder: Path, repo: str | None = None) -> str:
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
         dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size,
         paper=paper.error_of(name), paper_epochs=paper.EPOCHS.get(results['recipe']),
-        saving=measured_saving(name, results['drop_path_rate'], results['args']['drop_path_schedule'] or 'linear'),
+        saving=measured_saving(name, results['drop_path_rate'], results['args']['drop_path_schedule'] or 'linear',
+                               results['args']['drop_path_scale'] or 'train'),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
         width=timm.create_model(architecture(name), **kwargs_of(results)).num_features)
     return str(card)

@@ -55,19 +55,23 @@ def cell(values: Sequence[float], digits: int = 2) -> str:
     return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
 
 
-def machine(*found: Found) -> str:
-    """What all of these runs were made on; 'several' if it wasn't the same, down to threads and precision."""
-    kinds = {tuple(results['hardware'][key] for key in ('device', 'amp', 'processes', 'threads'))
-             for runs in found for results in runs.results}
-    if len(kinds) > 1:
-        return 'several'
-    return ''.join(f'{device}, {"bf16" if amp else "fp32"}' for device, amp, *_ in kinds)
+def machine(hardware: dict[str, Any]) -> str:
+    """The device and the precision."""
+    return f'{hardware["device"]}, {"bf16" if hardware["amp"] else "fp32"}'
+
+
+def machines(*found: Found) -> str:
+    """What these runs were made on."""
+    return '; '.join(sorted({machine(results['hardware']) for runs in found for results in runs.results}))
 
 
 def time_ratio(ours: Found, base: Found) -> str:
-    """Of the seconds an epoch, where both were run on the same machine."""
-    comparable = ours.seconds and base.seconds and machine(ours, base) != 'several'
-    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if comparable else ''
+    """Of the seconds an epoch, where all were run on the same machine, by themselves."""
+    if not (ours.seconds and base.seconds):
+        return ''
+    kinds = {tuple(results['hardware'][key] for key in ('device', 'amp', 'processes', 'threads'))
+             for runs in (ours, base) for results in runs.results}
+    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if len(kinds) == 1 else ''
 
 
 def named(budget: str) -> str:
@@ -116,15 +120,15 @@ class Report:
     def pairs(self, title: str, runs: dict[str, tuple[Experiment, Experiment]], errors: dict[str, paper.Pair]) -> str:
         """Test errors at constant and stochastic depth, a row for each data set and budget."""
         lines = [f'## {title}\n',
-                 '| data | paper: constant | stochastic | ours: constant | stochastic | epochs | budget | seeds |',
-                 '|---|---|---|---|---|---|---|---|']
+                 '| data | paper: constant | stochastic | ours: constant | stochastic | epochs | budget | seeds | on |',
+                 '|---|---|---|---|---|---|---|---|---|']
         for data, (constant, stochastic) in runs.items():
             for budget in self.budgets((constant, stochastic)):
                 ours = [self.find(run, budget) for run in (constant, stochastic)]
                 seeds = f'{len(ours[0].results)} and {len(ours[1].results)}' if epochs(*ours) else ''
                 lines.append(f'| {NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
                              f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {epochs(*ours)} '
-                             f'| {budget if seeds else ""} | {seeds} |')
+                             f'| {budget if seeds else ""} | {seeds} | {machines(*ours)} |')
         return '\n'.join(lines)
 
     def table2(self) -> str:
@@ -139,12 +143,11 @@ class Report:
         for data, hours in paper.TABLE2.items():
             for budget in self.budgets(TABLE1[data]):
                 constant, stochastic = (self.find(run, budget) for run in TABLE1[data])
-                on = machine(constant, stochastic) if constant.seconds or stochastic.seconds else ''
                 lines.append(f'| {NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
                              f'| {hours.stochastic / hours.constant:.3f} | {cell(constant.seconds, 0)} '
                              f'| {cell(stochastic.seconds, 0)} | {time_ratio(stochastic, constant)} '
                              f'| {epochs(constant, stochastic)} '
-                             f'| {budget if epochs(constant, stochastic) else ""} | {on} |')
+                             f'| {budget if epochs(constant, stochastic) else ""} | {machines(constant, stochastic)} |')
         return '\n'.join(lines)
 
     def curves(self) -> str:
@@ -224,27 +227,34 @@ seed.
         """Beyond the paper: the three ways of dropping at the same rates."""
         constant, stochastic = TABLE1['cifar10']
         rate = read_recipe('cifar10')['lr']
-        timed = self.folder / 'throughput_modes.json'  # of throughput.py
-        times = json.loads(timed.read_text()) if timed.exists() else {}
-        steps = {row['name'].partition(',')[0]: row['ratio'] for row in times.get('rows', [])}
-        on = f" They were measured on {times['hardware']['device']}." if times else ''
         lines = ['## Beyond the paper: what is dropped\n',
                  '110 layers on CIFAR-10+, p_L = 0.5, linear decay. `batch`: a block for the whole mini-batch (the '
                  "paper); `sample`: for each sample by itself (timm's DropPath); `subset`: for a fixed number of "
                  'random samples (DINOv2). Scale `eval` multiplies the branch by p_l in evaluation (the paper), '
-                 '`train` divides it by p_l in training. Steps are timed in turns and told in those of constant '
-                 f'depth, the median and the quartiles.{on}\n',
-                 '| dropped | scale | learning rate | test error | time a step | epochs | budget | seeds |',
+                 '`train` divides it by p_l in training.\n',
+                 '| dropped | scale | learning rate | test error | epochs | budget | seeds | on |',
                  '|---|---|---|---|---|---|---|---|']
         rows = [('nothing', constant), ('batch', stochastic), *MODES.items(), *RECIPE_LR_MODES.items()]
         for budget in self.budgets([*MODES.values(), *RECIPE_LR_MODES.values()]):
             for name, run in rows:
-                found, step = self.find(run, budget), steps.get(name) if run.scale == 'train' else None
-                time = f'{step["median"]:.2f} ({step["q1"]:.2f} to {step["q3"]:.2f})' if step else ''
+                found = self.find(run, budget)
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
-                             f'| {cell(found.errors)} | {time} | {epochs(found)} | {budget if found.results else ""} '
-                             f'| {len(found.results) or ""} |')
-        return '\n'.join(lines)
+                             f'| {cell(found.errors)} | {epochs(found)} | {budget} | {len(found.results) or ""} '
+                             f'| {machines(found)} |')
+        return '\n'.join([*lines, *self.step_times()])
+
+    def step_times(self) -> list[str]:
+        """What a step of each way takes, from what throughput.py measured on each machine."""
+        lines = ['\nSteps of scale `train` timed in turns, in those of constant depth, the median and the quartiles:\n',
+                 f'| on | {" | ".join(MODES)} |', '|---' * (len(MODES) + 1) + '|']
+        for path in sorted(self.folder.glob('throughput_modes*.json')):
+            times = json.loads(path.read_text())
+            steps = {row['name']: row['ratio'] for row in times['rows']}
+            ratios = [steps.get(f'{mode}, p_L 0.5') for mode in MODES]
+            cells = [f'{ratio["median"]:.2f} ({ratio["q1"]:.2f} to {ratio["q3"]:.2f})' if ratio else ''
+                     for ratio in ratios]
+            lines.append(f'| {machine(times["hardware"])} | {" | ".join(cells)} |')
+        return lines if len(lines) > 3 else []
 
     def write(self) -> Path:
         """Writes everything; returns the path of REPRODUCTION.md."""

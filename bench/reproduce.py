@@ -95,7 +95,7 @@ def epoch_seconds(experiment: Experiment, budget: str, step: float) -> float:
     """
     blocks = (experiment.depth - 2) // 2
     rates = timm_sd.drop_path_rates(blocks, experiment.drop_path, experiment.schedule)
-    open_share = 1. if experiment.mode == 'sample' else 1 - sum(rates) / blocks
+    open_share = 1 - sum(rates) / blocks if experiment.mode == 'batch' else 1.  # subset saves, but copies too
     train, validation = IMAGES['digits' if budget == 'smoke' else experiment.data]
     return step * (train * open_share + validation / 3) / 128
 
@@ -119,7 +119,7 @@ def print_plan(runs: list[tuple[Experiment, int]], args: Any) -> None:
         total += hours
         estimate = '?' if left and experiment.data == 'imagenet' else f'{hours:.2f}'
         print(f'{name:44}{epochs:8}{epochs - left:6}{estimate:>12}', flush=True)
-    print(f'about {total:.1f} hours on this machine, from a step timed now; ImageNet is not in it')
+    print(f'about {total:.1f} hours on this machine, one after the other, from a step timed now; ImageNet is not in it')
 
 
 def make_folder(path: Path, flag: str) -> None:

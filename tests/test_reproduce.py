@@ -14,6 +14,7 @@ import torch
 import paper
 from config import changed_from_recipe, parse, train_parser
 from experiments import DEPTH1202, FIG8_RIGHT, MODES, RECIPE_LR_MODES, TABLE1, TARGETS, Experiment
+from report import machine
 from reproduce import command as command_of
 from reproduce import reason, reproduce_parser
 from test_train import bench, command
@@ -179,20 +180,22 @@ def test_report_means_over_seeds_and_draws_every_figure(finished, tmp_path):
                 results['hardware'].update(threads=1, cores=2)
             (place / 'results.json').write_text(json.dumps(results))
             (place / 'summary.csv').write_text((source / 'summary.csv').read_text())
-    rows = [dict(name='subset, p_L 0.5', ratio=dict(median=0.987, q1=0.9, q3=1.))]
-    (tmp_path / 'throughput_modes.json').write_text(json.dumps(dict(rows=rows, hardware=dict(device='an abacus'))))
+    times = dict(rows=[dict(name='subset, p_L 0.5', ratio=dict(median=0.987, q1=0.9, q3=1.))],
+                 hardware=dict(device='an abacus', amp=False))
+    (tmp_path / 'throughput_modes.json').write_text(json.dumps(times))
     (tmp_path / 'notes.md').write_text('## What was noticed\n')
     result = bench('reproduce.py', 'report', '--results', tmp_path)
     assert result.returncode == 0, result.stderr
     text = (tmp_path / 'REPRODUCTION.md').read_text()
     assert text.endswith('\n## What was noticed\n')
-    assert '| SVHN | 1.80 | 1.75 | 5.50 ± 0.71 (2) | 5.50 ± 0.71 (2) | 4 | short | 2 and 2 |' in text
-    assert '| SVHN | 1.80 | 1.75 | 4.00 | 4.00 | 4 | full | 1 and 1 |' in text
+    on = machine(results['hardware'])
+    assert f'| SVHN | 1.80 | 1.75 | 5.50 ± 0.71 (2) | 5.50 ± 0.71 (2) | 4 | short | 2 and 2 | {on} |' in text
+    assert f'| SVHN | 1.80 | 1.75 | 4.00 | 4.00 | 4 | full | 1 and 1 | {on} |' in text
     times = [line for line in text.partition('## Table 2')[2].splitlines() if line.startswith('| CIFAR-10+')]
     assert '| 0.730 |  |  |  | 4 | full |' in times[0]
     assert '| 1.000 | 4 | short |' in times[1]
-    assert '| subset | train | 0.01 | 5.50 ± 0.71 (2) | 0.99 (0.90 to 1.00) | 4 | short | 2 |' in text
-    assert 'an abacus' in text
+    assert f'| subset | train | 0.01 | 5.50 ± 0.71 (2) | 4 | short | 2 | {on} |' in text
+    assert '| an abacus, fp32 |  |  | 0.99 (0.90 to 1.00) |' in text
     table = text.partition('## Figure 7')[2].partition('![')[0].strip().splitlines()
     assert all(line.startswith('| `') for line in table[-2:])  # one table, the pictures behind it
     for line in text.splitlines():
