@@ -12,7 +12,7 @@ import safetensors
 import timm
 
 import timm_sd  # noqa: F401
-from publish import CARDS, PRETRAINED, make_card
+from publish import CARDS, PRETRAINED, RESULTS, make_card, measured_saving
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.name for path in CARDS.iterdir() if path.is_dir())
@@ -38,6 +38,14 @@ def test_wheel_holds_the_weights(tmp_path):
 @pytest.mark.parametrize('name', NAMES)
 def test_card_is_what_its_results_make(name):
     assert (CARDS / name / 'README.md').read_text() == make_card(CARDS / name)
+
+
+@pytest.mark.parametrize(('scale', 'file'), [('train', 'throughput.json'), ('eval', 'throughput_eval.json')])
+def test_saving_is_that_of_the_scale(scale, file):
+    measured = json.loads((RESULTS / file).read_text())
+    row = next(row for row in measured['rows'] if row['name'] == 'batch, p_L 0.5')
+    found = measured_saving('sd_resnet110_cifar.c10', 0.5, 'linear', scale)
+    assert found == dict(row, hardware=measured['hardware'])
 
 
 @pytest.mark.parametrize('name', NAMES)
