@@ -57,28 +57,6 @@ def user_errors(what: str) -> Iterator[None]:
         raise UserError(f'{what}: {" ".join(str(error).split())[:300] or type(error).__name__}') from error
 
 
-def check_classes(args: argparse.Namespace, classes: int) -> None:
-    """--num-classes must be that of the data."""
-    if args.num_classes not in (None, classes):
-        raise UserError(f'--num-classes is {args.num_classes}, but the data has {classes} classes; leave it out')
-
-
-def check_image_size(args: argparse.Namespace, cfg: dict[str, Any], size: Sequence[int]) -> None:
-    """Images (H, W) must be of the model's size, unless --img-size says otherwise."""
-    expected = cfg['input_size'][1:]
-    if args.img_size is None and tuple(size) != tuple(expected):
-        raise UserError(f'images are {size[1]}x{size[0]} px, {args.model} wants {expected[1]}x{expected[0]}; resize '
-                        f'with --img-size {expected[0]}, or say the size you want')
-
-
-def mean_and_std(args: argparse.Namespace, cfg: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    """--mean and --std, or the model's."""
-    mean, std = args.mean or cfg['mean'], args.std or cfg['std']
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f'--mean {mean} and --std {std} must be three numbers each, --std above 0')
-    return mean, std
-
-
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -317,11 +295,3 @@ def changed_from_recipe(args: dict[str, Any]) -> dict[str, Any]:
     own = {*FREE, 'config', 'seed', 'amp', 'log_gradients'}  # said elsewhere, or changes nothing
     recipe = vars(parse(train_parser(), ['-c', args['config']]))
     return {key: args[key] for key, value in recipe.items() if args[key] != value and key not in own}
-
-
-def default_amp(device_type: str) -> bool:
-    """Whether bf16 autocast is faster than fp32 there: on GPUs, and on CPUs with bf16 instructions."""
-    import torch
-    if device_type != 'cpu':
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

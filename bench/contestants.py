@@ -23,8 +23,8 @@ from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
 import timm_sd
-from config import UserError, default_amp
-from engine import autocast, train_epoch
+from config import UserError
+from engine import autocast, default_amp, train_epoch
 from in_memory import ImageSet, MemoryBatches
 from timm_sd.convert import residual_blocks
 

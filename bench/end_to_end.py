@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError, cores, default_amp
+from config import UserError, cores
 from data import load_split
+from engine import default_amp
 from run_folder import RunFolder
 
 TRAIN = str(Path(__file__).parent / 'train.py')

@@ -8,12 +8,34 @@ from accelerate import Accelerator
 from timm.data import create_transform
 
 from batches import Batches
-from config import UserError, check_classes, check_image_size, mean_and_std
+from config import UserError
 from data import open_split
 from in_memory import ImageSet, MemoryBatches, load_image_set
 from large_images import ImageRows, LoaderBatches, load_image_rows
 
 Part = ImageSet | ImageRows
+
+
+def check_classes(args: Any, classes: int) -> None:
+    """--num-classes must be that of the data."""
+    if args.num_classes not in (None, classes):
+        raise UserError(f'--num-classes is {args.num_classes}, but the data has {classes} classes; leave it out')
+
+
+def check_image_size(args: Any, cfg: dict[str, Any], size: Sequence[int]) -> None:
+    """Images (H, W) must be of the model's size, unless --img-size says otherwise."""
+    expected = cfg['input_size'][1:]
+    if args.img_size is None and tuple(size) != tuple(expected):
+        raise UserError(f'images are {size[1]}x{size[0]} px, {args.model} wants {expected[1]}x{expected[0]}; resize '
+                        f'with --img-size {expected[0]}, or say the size you want')
+
+
+def mean_and_std(args: Any, cfg: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """--mean and --std, or the model's."""
+    mean, std = args.mean or cfg['mean'], args.std or cfg['std']
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(f'--mean {mean} and --std {std} must be three numbers each, --std above 0')
+    return mean, std
 
 
 def load_part(args: Any, split: str, progress: bool) -> Part:

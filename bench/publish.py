@@ -72,7 +72,7 @@ def measured_saving(name: str, rate: float, schedule: str, scale: str) -> dict[s
     wanted = name.partition('.')[0], Entry('batch', rate, schedule).name, scale
     for path in sorted(RESULTS.glob('throughput*.json')):
         measured: Any = json.loads(path.read_text())
-        measured_scale = measured['args'].get('drop_path_scale', 'train')
+        measured_scale = measured['args'].get('drop_path_scale', 'train')  # the oldest were made without the flag
         for row in measured['rows']:
             if (row['model'], row['name'], measured_scale) == wanted:
                 return dict(row, hardware=measured['hardware'])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import paper
 from config import read_recipe
+from contestants import Entry
 from experiments import BUDGETS, DEPTH1202, FIG8_LEFT, FIG8_RIGHT, MODES, RECIPE_LR_MODES, TABLE1, Experiment
 from figures import save_gradients, save_losses, save_map, save_survival
 from run_folder import write_atomic
@@ -241,20 +242,19 @@ seed.
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
                              f'| {cell(found.errors)} | {epochs(found)} | {budget} | {len(found.results) or ""} '
                              f'| {machines(found)} |')
-        return '\n'.join([*lines, *self.step_times()])
+        return '\n'.join([*lines, self.step_times()])
 
-    def step_times(self) -> list[str]:
-        """What a step of each way takes, from what throughput.py measured on each machine."""
-        lines = ['\nSteps of scale `train` timed in turns, in those of constant depth, the median and the quartiles:\n',
-                 f'| on | {" | ".join(MODES)} |', '|---' * (len(MODES) + 1) + '|']
+    def step_times(self) -> str:
+        """What a step of each way takes, a row for each machine that throughput.py measured them on."""
+        rows = []
         for path in sorted(self.folder.glob('throughput_modes*.json')):
             times = json.loads(path.read_text())
-            steps = {row['name']: row['ratio'] for row in times['rows']}
-            ratios = [steps.get(f'{mode}, p_L 0.5') for mode in MODES]
-            cells = [f'{ratio["median"]:.2f} ({ratio["q1"]:.2f} to {ratio["q3"]:.2f})' if ratio else ''
-                     for ratio in ratios]
-            lines.append(f'| {machine(times["hardware"])} | {" | ".join(cells)} |')
-        return lines if len(lines) > 3 else []
+            steps = {row['name']: '{median:.2f} ({q1:.2f} to {q3:.2f})'.format(**row['ratio']) for row in times['rows']}
+            cells = [steps.get(Entry(mode, run.drop_path).name, '') for mode, run in MODES.items()]
+            rows.append(f'| {machine(times["hardware"])} | {" | ".join(cells)} |')
+        head = ['\nSteps of scale `train` timed in turns, in those of constant depth, the median and the quartiles:\n',
+                f'| on | {" | ".join(MODES)} |', '|---' * (len(MODES) + 1) + '|']
+        return '\n'.join([*head, *rows]) if rows else ''
 
     def write(self) -> Path:
         """Writes everything; returns the path of REPRODUCTION.md."""

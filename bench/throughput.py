@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 import timm_sd
-from config import Parser, UserError, check_model_name, count, default_amp, number, parse, rate, run
+from config import Parser, UserError, check_model_name, count, number, parse, rate, run
 from contestants import MODES, Contestant, Entry, build, has_stages, peak_memory, time_in_turns
 from end_to_end import time_epochs
+from engine import default_amp
 from figures import save_ratios, save_sweep
 from run_folder import hardware, versions, write_atomic, write_csv
 

@@ -24,18 +24,8 @@ from tqdm import tqdm
 
 import timm_sd
 from batches import Batches
-from config import (
-    UserError,
-    changed_from_recipe,
-    check_model_name,
-    cores,
-    default_amp,
-    parse,
-    run,
-    train_parser,
-    user_errors,
-)
-from engine import Autocast, autocast, evaluate, train_epoch
+from config import UserError, changed_from_recipe, check_model_name, cores, parse, run, train_parser, user_errors
+from engine import Autocast, autocast, default_amp, evaluate, train_epoch
 from figures import save_curves
 from parts import load_parts, make_batches
 from run_folder import RunFolder, find_run_folder, hardware, load_raw_state, raw_state, versions

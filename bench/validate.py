@@ -13,17 +13,9 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_data_config
 
-from config import (
-    UserError,
-    check_classes,
-    check_model_name,
-    parse,
-    run,
-    user_errors,
-    validate_parser,
-)
+from config import UserError, check_model_name, parse, run, user_errors, validate_parser
 from engine import autocast, evaluate
-from parts import load_part, make_batches
+from parts import check_classes, load_part, make_batches
 from run_folder import write_csv
 
 

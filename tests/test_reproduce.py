@@ -14,7 +14,7 @@ import torch
 import paper
 from config import changed_from_recipe, parse, train_parser
 from experiments import DEPTH1202, FIG8_RIGHT, MODES, RECIPE_LR_MODES, TABLE1, TARGETS, Experiment
-from report import machine
+from report import Found, machine, machines, time_ratio
 from reproduce import command as command_of
 from reproduce import reason, reproduce_parser
 from test_train import bench, command
@@ -202,6 +202,14 @@ def test_report_means_over_seeds_and_draws_every_figure(finished, tmp_path):
         if line.startswith('!['):
             assert (tmp_path / line.partition('](')[2].rstrip(')')).exists()
     assert text.count('![') == 8
+
+
+def test_times_are_compared_on_one_machine_alone():
+    hardware = dict(device='an abacus', processes=1, threads=2)
+    here, there = (Found([dict(epoch_seconds=2., hardware=dict(hardware, amp=amp))], []) for amp in (False, True))
+    assert time_ratio(here, here) == '1.000'
+    assert time_ratio(here, there) == ''
+    assert machines(there, here, there) == 'an abacus, bf16; an abacus, fp32'
 
 
 def test_plan_runs_nothing(tmp_path):
