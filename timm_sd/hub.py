@@ -4,8 +4,6 @@ They are turned into a local file before timm sees them. timm alone asks an unre
 minutes, names neither model nor file when it gives up, and would load a pickle where there is no safetensors file.
 """
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -18,7 +16,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
-from timm.models import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import nn
 
 FILE = 'model.safetensors'
 TIMEOUT_SECONDS = 1.5  # the client asks twice
@@ -95,26 +94,28 @@ def find(cfg: Any, cache_dir: str | None = None) -> str:
     return download(name, f'{org}/{name}', cache_dir)
 
 
-@contextmanager
-def local_weights(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Within it timm builds `name` from a local file, and a file that doesn't fit is named in one line.
+def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's `build_model_with_cfg`, with the weights from a local file; one that doesn't fit is named in one line.
 
     Args:
+        model_cls: The network's class.
         name: The entry point's name.
-        kwargs: Its arguments; the file is put into their pretrained_cfg_overlay.
+        pretrained: Load weights.
+        **kwargs: The entry point's arguments.
 
     Raises:
         RuntimeError, OSError: If the weights can't be had, see `find`, or don't fit.
     """
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
+    if not pretrained:
+        return build_model_with_cfg(model_cls, name, False, **kwargs)
+    overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+    cfg: Any = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
     if cfg.state_dict or cfg.source == 'local-dir' or (cfg.url and not cfg.hf_hub_id and not cfg.file):  # timm's own
-        yield
-        return
+        return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     path = find(cfg, kwargs.get('cache_dir'))
-    kwargs['pretrained_cfg_overlay'] = dict(overlay, file=path, source='timm')
+    overlay = dict(overlay, file=path, source='timm')
     try:
-        yield
+        return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     except (RuntimeError, KeyError, SafetensorError) as error:
         reason = ' '.join(str(error).split())[:300]
         raise RuntimeError(f'{_full_name(cfg)}: weights {path} do not fit: {reason}') from error

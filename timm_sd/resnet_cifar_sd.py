@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .hub import local_weights
+from .hub import build_model
 from .stochastic_depth import Residual, add_branch, gate_blocks
 
 __all__ = ['ResNetCifar']  # a list, as timm's registry wants it; register_model appends the entry points
@@ -210,6 +210,8 @@ class ResNetCifar(nn.Module):
         self.global_pool, self.fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self, device, dtype))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def forward_intermediates(
             self,
@@ -298,14 +300,12 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_resnet_cifar(depth: int, pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
-    name = f'sd_resnet{depth}_cifar'
-    with local_weights(name, kwargs) if pretrained else nullcontext():
-        return build_model_with_cfg(
-            ResNetCifar, name, pretrained,
-            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
-            blocks_per_stage=(depth - 2) // 6,
-            **kwargs,
-        )
+    return build_model(
+        ResNetCifar, f'sd_resnet{depth}_cifar', pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2), feature_cls='getter'),
+        blocks_per_stage=(depth - 2) // 6,
+        **kwargs,
+    )
 
 
 @register_model

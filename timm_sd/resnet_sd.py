@@ -2,14 +2,13 @@
 
 Their state_dict keys are timm's, so they load timm's weights, and timm loads theirs.
 """
-from contextlib import nullcontext
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from .hub import local_weights
+from .hub import build_model
 from .stochastic_depth import Residual, gate_blocks
 
 __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; register_model appends the entry points
@@ -65,8 +64,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_resnet(name: str, pretrained: bool, block: type, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
-    with local_weights(name, kwargs) if pretrained else nullcontext():
-        return build_model_with_cfg(StochasticDepthResNet, name, pretrained, block=block, layers=layers, **kwargs)
+    return build_model(StochasticDepthResNet, name, pretrained, block=block, layers=layers, **kwargs)
 
 
 @register_model
