@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 import timm_sd
-from config import Parser, UserError, nearest, parse, run
-from run_folder import write_atomic
-from timm_sd.convert import residual_blocks
+from harness.cli import Parser, run_script
+from harness.errors import UserError, nearest, one_line
+from harness.files import write_atomic
+from timm_sd.probe import residual_blocks
 
 TABLE = Path(__file__).parent / 'FAMILIES.md'
 HEAD = """# Stochastic depth on timm's families
@@ -69,8 +70,7 @@ def try_family(module: str) -> str:
             same = torch.equal(model(x), before) if isinstance(before, torch.Tensor) else True
         step = without_gradient(model, closed=True) <= without_gradient(model, closed=False)
     except Exception as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        return f'| {module} | {name} | no: {reason[:90]} | | | |'
+        return f'| {module} | {name} | no: {one_line(error, 90)} | | | |'
     verdict = 'yes' if not open_ else 'partly'
     return (f'| {module} | {name} | {verdict} | {len(closable)} of {len(closable) + open_} | '
             f'{"same" if same else "differs"} | {"yes" if step else "no"} |')
@@ -80,7 +80,7 @@ def main() -> None:
     """Goes over the families and writes the table."""
     parser = Parser("Tries stochastic depth on each of timm's families.")
     parser.add_argument('--family', nargs='+', help="timm's modules to try, printed instead of written")
-    args: Any = parse(parser)
+    args = parser.parse_args()
     modules = sorted({timm.models._registry._model_to_module[name] for name in timm.list_models()})
     for name in args.family or ():
         if name not in modules:
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

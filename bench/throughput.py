@@ -9,93 +9,51 @@
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
 """
-import argparse
-import json
-import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 import timm_sd
-from config import Parser, UserError, check_model_name, count, number, parse, rate, run
-from contestants import MODES, Contestant, Entry, build, has_stages, peak_memory, time_in_turns
-from end_to_end import time_epochs
-from engine import default_amp
-from figures import save_ratios, save_sweep
-from run_folder import hardware, versions, write_atomic, write_csv
-
-SWEEP: tuple[dict[str, Any], ...] = (
-    *(dict(axis='depth', at=depth, model=f'sd_resnet{depth}_cifar') for depth in (20, 56, 110, 152, 1202)),
-    *(dict(axis='batch_size', at=size, batch_size=size) for size in (32, 64, 128, 256)),
-    *(dict(axis='drop_path', at=value, drop_path=value) for value in (0.2, 0.5, 0.8)),
-)
+from harness.cli import Parser, add_flags, drop_rate, flag, make_settings, run_script
+from harness.engine import default_amp
+from harness.errors import UserError
+from harness.files import write_csv, write_json
+from harness.machine import hardware, versions
+from harness.network import registered_name
+from timing.contestants import CONSTANT, DROPS, Contestant, StepSettings, Variant, build, has_stages
+from timing.end_to_end import EndToEndSettings
+from timing.plots import save_ratios, save_sweep
+from timing.rows import flat, measure, measure_epochs, measure_sweep
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return dict(median=round(middle, 4), q1=round(low, 4), q3=round(high, 4))
+@dataclass(frozen=True)
+class ContestantSettings:
+    """Contestants."""
+    model: list[str] = flag(['sd_resnet110_cifar'], "timm's names of the networks", nargs='+')
+    modes: list[str] = flag(['constant', 'batch', 'sample'], 'ways of dropping', nargs='+', choices=DROPS)
+    drop_path: list[float] = flag([0.5], '1 - p_L, above 0', nargs='+', type=drop_rate)
+    drop_path_schedule: str = flag('linear', 'of p_l over the blocks', choices=timm_sd.SCHEDULES)
+    drop_path_scale: str = flag('train', 'of mode batch', choices=timm_sd.SCALES)
+    compiled: bool = flag(False, 'time each mode with compiled branches too')
+
+    def variants(self) -> list[Variant]:
+        """The contestants on each network; modes other than 'batch' know the scale 'train' alone."""
+        plain = [CONSTANT if mode == 'constant' else Variant(
+            mode, value, self.drop_path_schedule, self.drop_path_scale if mode == 'batch' else 'train')
+            for mode in self.modes for value in (self.drop_path if mode != 'constant' else [0.])]
+        return plain + [variant._replace(compiled=True) for variant in plain if self.compiled]
 
 
-def measure(model: str, entries: list[Entry], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times the entries on one network and probes their memory; a row for each, and one for the whole loop."""
-    timings = time_in_turns(model, entries, args)
-    constant = timings.seconds[Entry('constant', 0.).name]
-    rows = []
-    for name, seconds in timings.seconds.items():
-        entry = next((entry for entry in entries if entry.name == name), None)
-        row = dict(model=model, name=name, batch_size=args.batch_size, step_seconds=spread(seconds),
-                   images_per_second=round(args.batch_size / statistics.median(seconds), 1),
-                   ratio=spread([own / other for own, other in zip(seconds, constant, strict=True)]))
-        if name == 'loop':
-            bare = timings.seconds[next(entry.name for entry in entries if entry.mode == 'batch')]
-            row['images_to_bare'] = spread([other / own for other, own in zip(bare, seconds, strict=True)])
-        if entry is not None and args.memory:
-            row['peak_mib'] = peak_memory(model, entry, args)
-        if entry is not None and entry.mode == 'batch' and not entry.compiled:
-            row.update(saving(timings.draws[name], timings.block_seconds, seconds, constant))
-        rows.append(row)
-    return rows
-
-
-def saving(draws: list[list[list[bool]]], block_seconds: list[float], seconds: list[float],
-           constant: list[float]) -> dict[str, Any]:
-    """What the gates of each round let one save, and the share of it that was saved in that same round."""
-    steps = [draw for of_round in draws for draw in of_round]
-    found: dict[str, Any] = dict(blocks_open=round(statistics.mean(sum(draw) / len(draw) for draw in steps), 4))
-    if block_seconds:
-        savable = [statistics.mean(sum(cost for cost, is_open in zip(block_seconds, draw, strict=True) if not is_open)
-                                   for draw in of_round) for of_round in draws]
-        found['limit'] = round(1 - statistics.mean(savable) / statistics.median(constant), 4)
-        found['share_of_saving'] = spread([(full - own) / most for full, own, most
-                                           in zip(constant, seconds, savable, strict=True)])
-    return found
-
-
-def end_to_end(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Whole epochs; the ratios are to timm's train.py where it is given, otherwise to ours by itself."""
-    epochs = time_epochs(model, args)
-    base = statistics.median(epochs.get("timm's train.py", epochs['train.py']))
-    return [dict(model=model, name=name, batch_size=args.batch_size,
-                 step_seconds=spread([value * args.batch_size / args.images for value in values]),
-                 images_per_second=round(args.images / statistics.median(values), 1),
-                 ratio=spread([value / base for value in values])) for name, values in epochs.items()]
-
-
-def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Constant depth and mode batch over depth, batch and p_L, one thing changed at a time."""
-    rows = []
-    for point in tqdm(SWEEP, desc='sweep'):
-        changed = argparse.Namespace(**{**vars(args), 'batch_size': point.get('batch_size', args.batch_size)})
-        entries = [Entry('constant', 0.),
-                   Entry('batch', point.get('drop_path', args.drop_path[0]), args.drop_path_schedule)]
-        model = point.get('model', args.model[0])
-        rows += [dict(axis=point['axis'], at=point['at'], **row)
-                 for row in measure(model, entries, changed) if row['name'] != 'loop']
-    return rows
+@dataclass(frozen=True)
+class MeasurementSettings:
+    """What is measured, and where it goes."""
+    sweep: bool = flag(False, 'how the cost grows with depth, batch and p_L')
+    profile: bool = flag(False, 'the operators of a step, with their times and counts')
+    end_to_end: bool = flag(False, 'whole epochs of train.py, on the CPU')
+    output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -109,96 +67,70 @@ def print_table(rows: list[dict[str, Any]]) -> None:
               f'{row.get("limit", ""):>7}{share:>7}{row.get("peak_mib", ""):>8}')
 
 
-def print_profile(model: str, entry: Entry, args: argparse.Namespace) -> None:
+def print_profile(model: str, variant: Variant, steps: StepSettings) -> None:
     """The operators of a turn of training steps by the time they take themselves."""
-    contestant = Contestant(build(model, entry), args, entry.compiled)
+    contestant = Contestant(build(model, variant), steps, variant.compiled)
     contestant.bare()
     with torch.profiler.profile() as profile:
         contestant.bare()
     sort_by = 'self_cpu_time_total' if contestant.accelerator.device.type == 'cpu' else 'self_device_time_total'
-    print(f'{model}, {entry.name}, {args.steps} steps')
+    print(f'{model}, {variant.label}, {steps.steps} steps')
     print(profile.key_averages().table(sort_by=sort_by, row_limit=16, max_name_column_width=40))
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for CSV, a spread as three columns."""
-    return {f'{key}_{part}' if part else key: entry for key, value in row.items()
-            for part, entry in (value.items() if isinstance(value, dict) else [('', value)])}
-
-
-def throughput_parser() -> Parser:
-    """The flags."""
-    parser = Parser('Times stochastic depth against constant depth.')
-    parser.add_argument('--model', nargs='+', default=['sd_resnet110_cifar'])
-    parser.add_argument('--modes', nargs='+', choices=MODES, default=['constant', 'batch', 'sample'])
-    parser.add_argument('--drop-path', nargs='+', type=rate, default=[0.5], help='1 - p_L, above 0')
-    parser.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES, default='linear')
-    parser.add_argument('--drop-path-scale', choices=timm_sd.SCALES, default='train', help='of mode batch')
-    parser.add_argument('--compiled', action='store_true', help='time each mode with compiled branches too')
-    parser.add_argument('--torchcompile-mode', help='of torch.compile, such as reduce-overhead (CUDA graphs)')
-    parser.add_argument('-b', '--batch-size', type=count, default=128)
-    parser.add_argument('--steps', type=count, default=2, help='steps a turn')
-    parser.add_argument('--rounds', type=number(int, 2), default=40, help='turns of each contestant, at least 2')
-    parser.add_argument('--amp', action=argparse.BooleanOptionalAction, help='bf16 autocast (default: if faster)')
-    parser.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
-    parser.add_argument('--memory', action=argparse.BooleanOptionalAction, default=True, help='probe the peak memory')
-    parser.add_argument('--sweep', action='store_true', help='how the cost grows with depth, batch and p_L')
-    parser.add_argument('--profile', action='store_true', help='the operators of a step, with their times and counts')
-    parser.add_argument('--end-to-end', action='store_true', help='whole epochs of train.py, on the CPU')
-    parser.add_argument('--timm-train', help="path of timm's train.py, to be timed beside it")
-    parser.add_argument('--data-dir', help='end to end: folder of parquet files (default: generated pictures)')
-    parser.add_argument('--images', type=count, default=6400, help='end to end: training images an epoch')
-    parser.add_argument('--epochs', type=number(int, 3), default=3, help='end to end: epochs, the first to warm up')
-    parser.add_argument('--repeats', type=number(int, 1), default=2, help='end to end: turns of each contestant')
-    parser.add_argument('--output', metavar='PREFIX', help='writes PREFIX.json, PREFIX.csv and PREFIX.png')
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
+def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end: EndToEndSettings) -> None:
     """What argparse can't check."""
-    for name in args.model:
-        check_model_name(name)
-        if args.sweep and not has_stages(name):
+    for name in contestants.model:
+        registered_name(name)
+        if what.sweep and not has_stages(name):
             raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
-    if min(args.drop_path) == 0:
+    if what.sweep + what.profile + what.end_to_end > 1:
+        raise UserError('--sweep, --profile and --end-to-end measure different things; give one of them')
+    if min(contestants.drop_path) == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
-    if 'constant' not in args.modes:
-        raise UserError(f'--modes {" ".join(args.modes)} lacks constant, which the others are compared with')
-    if args.timm_train is not None and not Path(args.timm_train).is_file():
-        raise UserError(f"--timm-train {args.timm_train} is no file; give the train.py of a clone of timm's repository")
+    if 'constant' not in contestants.modes:
+        raise UserError(f'--modes {" ".join(contestants.modes)} lacks constant, which the others are compared with')
+    if end_to_end.timm_train is not None and not Path(end_to_end.timm_train).is_file():
+        raise UserError(f"--timm-train {end_to_end.timm_train} is no file; give the train.py of a clone of timm's "
+                        'repository')
+
+
+def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Writes JSON, CSV and a picture. Paths lose their folders, which mean nothing on another machine."""
+    args = dict(flags, output=prefix.name, **{
+        key: flags[key] and Path(flags[key]).name for key in ('timm_train', 'data_dir')})
+    write_json(prefix.with_suffix('.json'), dict(rows=rows, args=args, hardware=machine, versions=versions()))
+    write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
+    (save_sweep if flags['sweep'] else save_ratios)(rows, prefix.with_suffix('.png'))
 
 
 def main() -> None:
     """Measures, prints a table and writes JSON, CSV and a picture."""
-    args = parse(throughput_parser())
-    check(args)
-    accelerator = Accelerator(cpu=args.end_to_end)  # whose trainings are told so
-    amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
-    scales = {'batch': args.drop_path_scale}  # the others know 'train' alone
-    entries = [Entry(mode, value, args.drop_path_schedule, compiled, scales.get(mode, 'train'))
-               for compiled in ([False, True] if args.compiled else [False])
-               for mode in args.modes for value in ([0.] if mode == 'constant' else args.drop_path)]
-    if args.profile:
-        for name in args.model:
-            for entry in entries:
-                print_profile(name, entry, args)
+    parser = Parser('Times stochastic depth against constant depth.')
+    add_flags(parser, ContestantSettings, StepSettings, EndToEndSettings, MeasurementSettings)
+    flags = parser.parse_args()
+    contestants, steps = make_settings(ContestantSettings, flags), make_settings(StepSettings, flags)
+    end_to_end, what = make_settings(EndToEndSettings, flags), make_settings(MeasurementSettings, flags)
+    check(contestants, what, end_to_end)
+    accelerator = Accelerator(cpu=what.end_to_end)  # end to end, train.py runs on the CPU too
+    amp = default_amp(accelerator.device.type) if steps.amp is None else steps.amp
+    rate, variants = contestants.drop_path[0], contestants.variants()
+    if what.profile:
+        for name in contestants.model:
+            for variant in variants:
+                print_profile(name, variant, steps)
         return
-    if args.end_to_end:
-        rows, draw = [row for name in args.model for row in end_to_end(name, args)], save_ratios
-    elif args.sweep:
-        rows, draw = sweep(args), save_sweep
+    if what.sweep:
+        rows = measure_sweep(contestants.model[0], rate, contestants.drop_path_schedule, steps)
+    elif what.end_to_end:
+        rows = [row for name in contestants.model
+                for row in measure_epochs(name, rate, steps.batch_size, amp, end_to_end)]
     else:
-        rows, draw = [row for name in args.model for row in measure(name, entries, args)], save_ratios
+        rows = [row for name in contestants.model for row in measure(name, variants, steps)]
     print_table(rows)
-    if args.output:
-        prefix = Path(args.output)
-        flags = dict(vars(args), timm_train=args.timm_train and Path(args.timm_train).name,
-                     output=prefix.name)  # their places say nothing
-        results = dict(rows=rows, args=flags, hardware=hardware(accelerator, amp), versions=versions())
-        write_atomic(prefix.with_suffix('.json'), (json.dumps(results, indent=2) + '\n').encode())
-        write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
-        draw(rows, prefix.with_suffix('.png'))
+    if what.output:
+        write(Path(what.output), rows, vars(flags), hardware(accelerator, amp))
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

@@ -10,81 +10,94 @@ from typing import Any
 import safetensors
 import timm
 import torch
-from accelerate import Accelerator
 from timm.data import resolve_data_config
 
-from config import UserError, check_model_name, parse, run, user_errors, validate_parser
-from engine import autocast, evaluate
-from parts import check_classes, load_part, make_batches
-from run_folder import write_csv
+from harness.cli import Parser, add_flags, make_settings, run_script
+from harness.data.sources import SourceSettings
+from harness.data.splits import ImageSettings, check_classes, load_images, make_batches
+from harness.engine import autocast, evaluate
+from harness.errors import UserError, user_errors
+from harness.files import write_csv
+from harness.launch import make_accelerator
+from harness.network import NetworkSettings, registered_name
 
 
-def take_from_metadata(args: Any) -> None:
-    """Model, image size, mean and std, where no flag says them, as train.py writes them into a checkpoint."""
+def validate_parser() -> Parser:
+    """The flags of validate.py."""
+    parser = Parser('Evaluates a registered model or a checkpoint.')
+    add_flags(parser, SourceSettings, ImageSettings, NetworkSettings)
+    parser.add_argument('--split', default='test', help='what is evaluated')
+    parser.add_argument('--checkpoint', help='safetensors file, such as model.safetensors of a run folder')
+    parser.add_argument('--results-file', help='CSV to write')
+    parser.set_defaults(model=None, dataset='uoft-cs/cifar10', amp=False)
+    return parser
+
+
+def read_metadata(checkpoint: str) -> dict[str, Any]:
+    """Model, image size, mean and std, as train.py writes them into a checkpoint; empty for other kinds of file."""
     try:
-        with safetensors.safe_open(args.checkpoint, 'pt') as file:
+        with safetensors.safe_open(checkpoint, 'pt') as file:
             metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        if args.model is not None:  # timm reads other files too
-            return
-        raise UserError(f'--checkpoint {args.checkpoint} can not be read as safetensors: {error}') from error
-    if args.model is None and 'model' not in metadata:
-        raise UserError(f'--checkpoint {args.checkpoint} does not say which model it is; give --model')
-    args.model = args.model or metadata['model']
-    for key in ('img_size', 'mean', 'std'):
-        if getattr(args, key) is None:
-            setattr(args, key, json.loads(metadata.get(key, 'null')))
+    except (OSError, safetensors.SafetensorError):
+        return {}
+    found = {key: json.loads(metadata.get(key, 'null')) for key in ('img_size', 'mean', 'std')}
+    return dict(found, model=metadata.get('model'))
 
 
-def load_model(args: Any, num_classes: int) -> Any:
+def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: int) -> Any:
     """The network with its weights; UserError if there are none, or they are those of another network."""
-    if args.checkpoint:
-        what = f'--checkpoint {args.checkpoint} does not fit --model {args.model} with {num_classes} classes'
-        if not Path(args.checkpoint).is_file():
-            raise UserError(f'--checkpoint {args.checkpoint} is no file')
+    if checkpoint:
+        what = f'--checkpoint {checkpoint} does not fit --model {network.model} with {num_classes} classes'
     else:
-        what = f'pretrained weights of {args.model}'
+        what = f'pretrained weights of {network.model}'
     with user_errors(what):
         model: Any = timm.create_model(
-            args.model, pretrained=not args.checkpoint, checkpoint_path=args.checkpoint,
-            num_classes=num_classes if args.checkpoint else None, **args.model_kwargs)
+            network.model, pretrained=not checkpoint, checkpoint_path=checkpoint,
+            num_classes=num_classes if checkpoint else None, **network.model_kwargs)
     if model.num_classes != num_classes:  # timm would replace the classifier by a random one
-        raise UserError(f'{args.model} knows {model.num_classes} classes, the data has {num_classes}; '
+        raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {num_classes}; '
                         'choose the data with --dataset, --data-dir and --target-key')
     return model
 
 
 def main() -> None:
     """Loads data and model, evaluates, prints and writes one row of results."""
-    args = parse(validate_parser())
-    if args.checkpoint:
-        take_from_metadata(args)
-    if args.model is None:
-        raise UserError('neither --model nor --checkpoint is given')
-    check_model_name(args.model)
-    if args.results_file and not Path(args.results_file).parent.is_dir():
-        raise UserError(f'--results-file {args.results_file}: there is no such folder')
-    accelerator = Accelerator(mixed_precision='no', dynamo_backend='no')
-    part = load_part(args, args.split, accelerator.is_main_process and sys.stderr.isatty())
-    check_classes(args, len(part.class_names))
-    model = load_model(args, len(part.class_names)).to(accelerator.device)
-    if args.channels_last:
+    flags = validate_parser().parse_args()
+    if flags.checkpoint:
+        if not Path(flags.checkpoint).is_file():
+            raise UserError(f'--checkpoint {flags.checkpoint} is no file')
+        for key, value in read_metadata(flags.checkpoint).items():
+            if getattr(flags, key) is None:
+                setattr(flags, key, value)
+    if flags.model is None:
+        raise UserError(f'--checkpoint {flags.checkpoint} is no safetensors file that names its model; give --model'
+                        if flags.checkpoint else 'neither --model nor --checkpoint is given')
+    registered_name(flags.model)
+    if flags.results_file and not Path(flags.results_file).parent.is_dir():
+        raise UserError(f'--results-file {flags.results_file}: there is no such folder')
+    accelerator = make_accelerator()
+    images, network = make_settings(ImageSettings, flags), make_settings(NetworkSettings, flags)
+    loaded = load_images(make_settings(SourceSettings, flags), flags.split, images,
+                         progress=accelerator.is_main_process and sys.stderr.isatty())
+    check_classes(images, len(loaded.class_names))
+    model = load_network(network, flags.checkpoint, len(loaded.class_names)).to(accelerator.device)
+    if network.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    # timm's: registered weights at their test size; a checkpoint as train.py has tested it
-    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not args.checkpoint)
-    batches = make_batches(args, part, cfg, accelerator)
-    metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, args.amp))
+    # As timm's script: registered weights are evaluated at their test size, a checkpoint at train.py's.
+    cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not flags.checkpoint)
+    batches = make_batches(loaded, images, cfg, accelerator)
+    metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, bool(network.amp)))
     row = dict(
-        model=args.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
+        model=flags.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
         top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
-        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-        img_size=args.img_size or cfg['input_size'][-1], crop_pct=1.0 if args.in_memory else cfg['crop_pct'],
-        interpolation=cfg['interpolation'] if not args.in_memory else 'bilinear' if args.img_size else 'none')
+        param_count=round(sum(param.numel() for param in model.parameters()) / 1e6, 2),
+        img_size=images.img_size or cfg['input_size'][-1], crop_pct=1.0 if images.in_memory else cfg['crop_pct'],
+        interpolation=cfg['interpolation'] if not images.in_memory else 'bilinear' if images.img_size else 'none')
     if accelerator.is_main_process:
-        if args.results_file:
-            write_csv(Path(args.results_file), [row])
+        if flags.results_file:
+            write_csv(Path(flags.results_file), [row])
         print(json.dumps(row))
 
 
 if __name__ == '__main__':
-    run(main)
+    run_script(main)

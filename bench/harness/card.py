@@ -1,0 +1,92 @@
+"""The model card of a run, made from its results.json; nothing in it is typed by hand."""
+import re
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import timm_sd  # noqa: F401  (registers the models)
+from harness.paths import CARDS
+
+# The data set of each tag of the registry.
+DATASETS = dict(c10='uoft-cs/cifar10', c100='uoft-cs/cifar100', svhn='ufldl-stanford/svhn')
+
+
+class Comparison(NamedTuple):
+    """What a card holds the run against.
+
+    Attributes:
+        paper_error: The paper's test errors of this network, in words; None where it has none.
+        paper_epochs: Epochs of the recipe in the paper, likewise.
+        saving: What throughput.py measured of this network at this p_L: a row, and its `hardware`.
+    """
+    paper_error: str | None
+    paper_epochs: int | None
+    saving: dict[str, Any] | None
+
+
+def architecture(model: str) -> str:
+    """timm's own name of a network where it has one, so that plain timm loads it; else the name without its tag."""
+    name = model.partition('.')[0]
+    plain = name.removeprefix('sd_')
+    return plain if timm.is_model(plain) else name
+
+
+def full_name(results: dict[str, Any]) -> str:
+    """The model's name with its tag: the package's if it stands for the data, else one that says what they are."""
+    cfg: Any = timm.get_pretrained_cfg(results['model'])
+    if DATASETS.get(cfg.tag) == dataset_of(results):
+        return f'{cfg.architecture}.{cfg.tag}'
+    return f'{cfg.architecture}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
+
+
+def plain_kwargs(results: dict[str, Any]) -> dict[str, Any]:
+    """--model-kwargs without the method's: what the plain network is made with."""
+    kwargs = results['args']['model_kwargs']
+    return {key: value for key, value in kwargs.items() if not key.startswith('drop_path')}
+
+
+def dataset_of(results: dict[str, Any]) -> str:
+    """The data set without its revision."""
+    return results['dataset'].partition('@')[0]
+
+
+def method_of(results: dict[str, Any]) -> tuple[str, str, str]:
+    """Mode, schedule and scale of a run; a flag that it was not given is the network's default."""
+    args = results['args']
+    mode = args.get('drop_path_mode')  # runs older than the flag don't have it
+    return mode or 'batch', args['drop_path_schedule'] or 'linear', args['drop_path_scale'] or 'train'
+
+
+def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:
+    """Number of classes, and the side of the images in pixels."""
+    cfg: Any = timm.get_pretrained_cfg(results['model'])
+    return len(results.get('label_names', ())) or cfg.num_classes, results['args']['img_size'] or cfg.input_size[-1]
+
+
+def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None = None) -> str:
+    """The model card of a run.
+
+    Args:
+        results: Its results.json.
+        comparison: What it is held against.
+        repo: The Hub repository that the card's snippets load from; without it they load from the package.
+    """
+    name, dataset = full_name(results), dataset_of(results)
+    hub_dataset = dataset if re.fullmatch(r'[\w-]+/[\w.-]+', dataset) else None
+    classes, size = classes_and_size(results)
+    features: Any = timm.create_model(architecture(name), features_only=True, **plain_kwargs(results)).eval()
+    data = ModelCardData(
+        library_name='timm', license='apache-2.0', pipeline_tag='image-classification', model_name=name,
+        tags=['image-classification', 'timm', 'stochastic-depth'], datasets=hub_dataset and [hub_dataset],
+        metrics=['accuracy'], eval_results=[EvalResult(
+            task_type='image-classification', dataset_type=dataset, dataset_name=dataset,
+            dataset_split=results['args']['test_split'], metric_type='accuracy',
+            metric_value=round(100 - results['test_best']['top1_err'], 2), metric_name='Top-1 accuracy (%)')])
+    return str(ModelCard.from_template(
+        data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
+        dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size, paper=comparison.paper_error,
+        paper_epochs=comparison.paper_epochs, saving=comparison.saving,
+        maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
+        width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

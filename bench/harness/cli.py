@@ -1,0 +1,119 @@
+"""Command lines: flags from dataclasses, and exit status 2 for a user's mistake.
+
+Each part of the harness says in a dataclass which settings it needs. A field made by `flag` is a flag of the same name.
+`add_flags` adds the flags of a class to a parser, and `make_settings` makes the class from what was parsed. The names
+are timm's where timm has such a flag.
+"""
+import argparse
+import copy
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from harness.errors import RankError, UserError
+
+Settings = TypeVar('Settings')
+Number = TypeVar('Number', int, float)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if isinstance(error, RankError) or os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# --- types of values
+
+
+def number(kind: type[Number], low: float, high: float = float('inf')) -> Callable[[str], Number]:
+    """An argparse type: a number in [low, high]."""
+    def convert(text: str) -> Number:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} must lie in [{low}, {high}]')
+        return value
+    convert.__name__ = kind.__name__  # argparse: 'invalid int value'
+    return convert
+
+
+positive_int, non_negative_int = number(int, 1), number(int, 0)
+non_negative, unit_interval = number(float, 0), number(float, 0, 1)
+
+
+def drop_rate(text: str) -> float:
+    """An argparse type: a drop path rate, in [0, 1)."""
+    value = float(text)
+    if not 0. <= value < 1.:
+        raise argparse.ArgumentTypeError(f'{text} must lie in [0, 1)')
+    return value
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """An argparse type: KEY=VALUE, the value as YAML reads it."""
+    key, equals, value = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    return key, yaml.safe_load(value)
+
+
+class KeyValues(argparse.Action):
+    """Makes a dict of any number of KEY=VALUE, as timm's `--model-kwargs`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
+KEY_VALUES: dict[str, Any] = dict(nargs='*', type=key_value, action=KeyValues, metavar='KEY=VALUE')
+
+
+# --- flags from dataclasses
+
+
+def flag(default: Any, help: str, short: str | None = None, **options: Any) -> Any:
+    """A field of a settings dataclass that is a flag too.
+
+    Args:
+        default: Of the field and the flag. A bool makes the pair --flag and --no-flag.
+        help: What the field means.
+        short: Another name of the flag, such as '-b'.
+        **options: Of argparse's `add_argument`.
+    """
+    if isinstance(default, bool):
+        options['action'] = argparse.BooleanOptionalAction
+    return dataclasses.field(default_factory=lambda: copy.copy(default),
+                             metadata=dict(options, help=help, short=short, default=default))
+
+
+def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """Adds the flags of settings dataclasses, each class as a group named by its docstring's first line."""
+    for cls in classes:
+        group = parser.add_argument_group((cls.__doc__ or '').splitlines()[0].rstrip('.'))
+        for field in dataclasses.fields(cls):
+            options = dict(field.metadata)
+            short = options.pop('short')
+            names = [short] if short else []
+            group.add_argument(*names, f'--{field.name.replace("_", "-")}', **options)
+
+
+def make_settings(cls: type[Settings], args: argparse.Namespace) -> Settings:
+    """The settings of one part, from the parsed flags."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line too, without the usage of fifty flags in front of it."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message}; --help lists the flags')

@@ -1,0 +1,128 @@
+"""The fast data path for small images: decoded once into a uint8 tensor on the device, augmented there by the batch.
+
+Shapes: N images, B a batch, C channels, H x W pixels. Order and augmentation of an epoch come from a generator seeded
+by (seed, epoch), over the batch of all ranks together, so a sample's crop and flip depend neither on the number of
+processes nor on a resume.
+"""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from harness.data.batches import Batches
+from harness.data.sources import Split, check_labels, decode, read_batches
+from harness.errors import UserError
+
+
+@dataclass
+class ImageSet:
+    """Images (N, C, H, W) uint8 and labels (N,) int64."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: torch.Tensor) -> 'ImageSet':
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device) -> 'ImageSet':
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def load_image_set(split: Split, img_size: int | None = None, progress: bool = True) -> ImageSet:
+    """Decodes a whole split.
+
+    Args:
+        split: The encoded images.
+        img_size: Side to resize to, in pixels; without it all images must have one size.
+        progress: Show a bar.
+
+    Raises:
+        UserError: If a file in it can't be used.
+    """
+    pictures: list[torch.Tensor] = []
+    targets: list[int] = []
+    for batch in tqdm(read_batches(split.rows.iter(1000), split.where), desc=f'decode {split.where}', unit='k',
+                      leave=False, disable=not progress):
+        targets += batch['label']
+        for encoded in batch['image']:
+            image = decode(encoded, f'{split.where}: image {len(pictures)}')
+            if img_size is not None and image.size != (img_size, img_size):
+                image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
+            pictures.append(torch.from_numpy(np.array(image)))
+            if pictures[-1].shape != pictures[0].shape:
+                raise UserError(f'{split.where}: image {len(pictures) - 1} is {pictures[-1].shape[1]}x'
+                                f'{pictures[-1].shape[0]}, others are not; resize with --img-size')
+    labels = torch.tensor(targets)
+    check_labels(labels, split)
+    return ImageSet(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), labels, split.class_names)
+
+
+def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.Tensor) -> torch.Tensor:
+    """Shifts each normalised image by up to `padding` pixels with zero fill, and mirrors it with probability `hflip`.
+
+    Args:
+        x: Normalised images, (B, C, H, W).
+        padding: Largest shift in pixels.
+        hflip: Probability of the mirror image.
+        draws: Uniform numbers in [0, 1), (B, 3): vertical and horizontal shift, flip.
+
+    Returns:
+        (B, C, H, W) in channels_last order, which the indexing gives for free.
+    """
+    height, width = x.shape[-2:]
+    shift = (draws[:, :2] * (2 * padding + 1)).long()
+    rows = shift[:, :1] + torch.arange(height, device=x.device)
+    cols = shift[:, 1:] + torch.arange(width, device=x.device)
+    cols = torch.where(draws[:, 2:] < hflip, cols.flip(1), cols)
+    sample = torch.arange(len(x), device=x.device)[:, None, None]
+    return F.pad(x, [padding] * 4)[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+class MemoryBatches(Batches):
+    """Batches of images that lie decoded on the device, the last and partial one included.
+
+    Args:
+        data: The images, on the device.
+        batch_size: Images a rank and step.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
+        train: Shuffle and augment; otherwise the order of the data.
+        crop_padding: See `random_crop_flip`.
+        hflip: See `random_crop_flip`.
+        **kwargs: seed, rank and world_size, see `Batches`.
+    """
+
+    def __init__(
+            self,
+            data: ImageSet,
+            batch_size: int,
+            mean: Sequence[float],
+            std: Sequence[float],
+            train: bool = False,
+            crop_padding: int = 0,
+            hflip: float = 0.,
+            **kwargs: Any,
+    ) -> None:
+        super().__init__(len(data), batch_size, train, **kwargs)
+        self.data = data
+        self.mean = 255 * torch.tensor(mean, device=data.images.device).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=data.images.device).view(-1, 1, 1)
+        self.crop_padding, self.hflip = crop_padding, hflip
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        device, generator = self.data.images.device, self.generator()
+        order = self.order(generator).to(device)
+        draws = torch.rand(self.total, 3, generator=generator).to(device)  # one copy an epoch
+        for index, size in self.shares(order):
+            x = (self.data.images[index] - self.mean) / self.std
+            if self.train:
+                x = random_crop_flip(x, self.crop_padding, self.hflip, draws[index])
+            yield x, self.data.labels[index], size

@@ -1,0 +1,137 @@
+"""One step, one epoch of training, one pass of evaluation. Loss and accuracy stay on the device between logs."""
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+from tqdm import tqdm
+
+from harness.data.batches import Batches
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+def autocast(device: torch.device, enabled: bool) -> Autocast:
+    """What to run the forward pass in: bf16 autocast, or nothing."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def default_amp(device_type: str) -> bool:
+    """Whether bf16 autocast is faster than fp32 there: on GPUs, and on CPUs with bf16 instructions."""
+    if device_type != 'cpu':
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class TrainStep:
+    """The computation of a training step.
+
+    Attributes:
+        model: The network, prepared by `accelerator`.
+        optimizer: Its optimiser, likewise.
+        accelerator: Says who we are among the processes.
+        amp: See `autocast`.
+        smoothing: Label smoothing.
+        grad_accum_steps: Batches an update. Each has gates of its own; gradients are exchanged once an update.
+    """
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    amp: Autocast
+    smoothing: float = 0.
+    grad_accum_steps: int = 1
+
+    def backward(self, x: torch.Tensor, target: torch.Tensor, images: int, is_update: bool) -> torch.Tensor:
+        """Adds the gradient of one batch to that of its update.
+
+        Args:
+            x: This process's images, (B, C, H, W).
+            target: Their labels, (B,).
+            images: Images in the update, of all processes and of the batches it accumulates.
+            is_update: Whether this is the update's last batch, after which the processes exchange gradients.
+
+        Returns:
+            The sum of the losses of this process's images.
+        """
+        with nullcontext() if is_update else self.accelerator.no_sync(self.model):
+            with self.amp():
+                logits = self.model(x)
+            loss = F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=self.smoothing)
+            # DDP averages over processes, whose shares of the last batch may differ: divide by all images here.
+            self.accelerator.backward(loss * (self.accelerator.num_processes / images))
+        return loss.detach()
+
+    def update(self) -> None:
+        """Moves the parameters by the gradient, and clears it."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def train_epoch(
+        step: TrainStep,
+        batches: Batches,
+        scheduler: Any,
+        epoch: int,
+        bar: tqdm,
+        log_interval: int,
+        before_update: Callable[[int], None] | None = None,
+) -> float:
+    """Trains one epoch.
+
+    Args:
+        step: What a step computes.
+        batches: Training batches, already set to this epoch.
+        scheduler: timm's scheduler; stepped by update here, by epoch in the caller.
+        epoch: From 0, for the scheduler.
+        bar: The progress bar of the run, which counts images.
+        log_interval: Steps between updates of the progress bar, each of which waits for the device once.
+        before_update: Called with the number of the update in this epoch, from 0, when its gradient is there.
+
+    Returns:
+        The mean training loss of this epoch over all processes.
+    """
+    step.model.train()
+    loss_sum, images = torch.zeros((), device=step.accelerator.device), 0
+    for number, (x, target, size) in enumerate(batches):
+        update, place = divmod(number, step.grad_accum_steps)
+        is_update = place + 1 == step.grad_accum_steps or number + 1 == len(batches)
+        loss_sum += step.backward(x, target, batches.images_of_update(number, step.grad_accum_steps), is_update)
+        if is_update:
+            if before_update is not None:
+                before_update(update)
+            step.update()
+        scheduler.step_update(epoch * len(batches) + number + 1)
+        images += len(target)
+        if (number + 1) % log_interval == 0:
+            bar.set_postfix(loss=f'{loss_sum.item() / images:.4f}', refresh=False)
+        bar.update(size)
+    return step.accelerator.reduce(loss_sum).item() / batches.images
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: Autocast) -> dict[str, float]:
+    """Evaluates on all images, each process on its share.
+
+    Returns:
+        `loss`, and `top1` and `top5` in percent.
+    """
+    if accelerator.num_processes > 1:  # in training each process has batch norm statistics of its own
+        broadcast(list(model.buffers()))
+    model.eval()
+    total = torch.zeros(3, device=accelerator.device)  # sum of losses, top-1 hits, top-5 hits
+    for x, target, _ in batches:
+        with amp():
+            logits = model(x)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        loss = F.cross_entropy(logits, target, reduction='sum')
+        total += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+    loss_sum, top1, top5 = accelerator.reduce(total).tolist()
+    images = batches.images
+    return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images)

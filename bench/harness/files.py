@@ -1,0 +1,69 @@
+"""Files that are replaced in one piece."""
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+PART_BYTES = 15 * 2**20
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file in one piece: after a crash or on a full disk the old one is still there, whole.
+
+    Raises:
+        UserError: If the file can't be written.
+    """
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'{path} can not be written ({error.strerror}); what was saved before is good') from error
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Makes a folder; UserError that names its flag if it can't."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path} can not be written ({error.strerror}); choose another with {flag}') from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, in one piece."""
+    write_atomic(path, (json.dumps(value, indent=2) + '\n').encode())
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows under the columns that any of them has."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)),
+                            lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_parts(path: Path, content: bytes) -> None:
+    """Writes a large file as several, `path` and `path`.1, .2 and so on, none larger than `PART_BYTES`.
+
+    `path` itself comes last: it says that the others are there. A run's state then passes through what limits the size
+    of a file, and that of 1202 layers is 155 MB.
+    """
+    parts = [content[start:start + PART_BYTES] for start in range(0, len(content), PART_BYTES)]
+    for number, part in reversed(list(enumerate(parts))):
+        write_atomic(path.with_name(f'{path.name}.{number}') if number else path, part)
+
+
+def read_parts(path: Path) -> bytes:
+    """What `write_parts` wrote."""
+    others = sorted(path.parent.glob(f'{path.name}.*'), key=lambda part: int(part.suffix[1:]))
+    return b''.join(part.read_bytes() for part in (path, *others))

@@ -1,0 +1,105 @@
+"""The network that the flags name, with stochastic depth added where it is one of timm's own."""
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import load_model_config_from_hf, parse_model_name
+from torch import nn
+
+import timm_sd
+from harness.cli import KEY_VALUES, drop_rate, flag
+from harness.errors import UserError, nearest, user_errors
+from timm_sd.probe import drop_path_slots
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Network."""
+    model: str = flag('sd_resnet110_cifar', "timm's name of the network")
+    pretrained: bool = flag(False, 'start from the published weights')
+    model_kwargs: dict[str, Any] = flag({}, "more arguments of timm's create_model", **KEY_VALUES)
+    amp: bool | None = flag(None, 'bf16 autocast (default: if faster)', action=argparse.BooleanOptionalAction)
+    channels_last: bool = flag(True, 'use the channels_last memory layout')
+
+
+@dataclass(frozen=True)
+class DepthSettings:
+    """Stochastic depth, and how the blocks are run."""
+    drop_path: float | None = flag(None, "1 - p_L (default: the model's)", type=drop_rate)
+    drop_path_schedule: str | None = flag(None, "of p_l over the blocks (default: the model's)",
+                                          choices=timm_sd.SCHEDULES)
+    drop_path_mode: str | None = flag(None, "what one gate drops (default: the model's)", choices=timm_sd.MODES)
+    drop_path_scale: str | None = flag(None, "train divides the branch by p_l in training, eval multiplies by it in "
+                                       "evaluation (default: the model's)", choices=timm_sd.SCALES)
+    grad_checkpointing: bool = flag(False, 'recompute activations to save memory')
+    compile: str | None = flag(None, "torch.compile: 'blocks' compiles each residual branch and leaves the gates "
+                                     'outside', choices=('blocks', 'model'))
+    torchcompile_mode: str | None = flag(None, 'of torch.compile, such as reduce-overhead (CUDA graphs)')
+
+
+def registered_name(name: str) -> str:
+    """The registered name that timm's `name` means; for a Hub repository or a folder it is read from
+    config.json.
+
+    Raises:
+        UserError: If there is none, with the nearest names.
+    """
+    with user_errors(f'--model {name}'):
+        source, place = parse_model_name(name)
+        if source == 'hf-hub':
+            name = load_model_config_from_hf(place)[1]
+        elif source:
+            name = json.loads(Path(place, 'config.json').read_text())['architecture']
+    if not timm.is_model(name):
+        raise UserError(f'no model {name!r}; nearest: {nearest(name, timm.list_models() + timm.list_models("sd_*"))}')
+    return name
+
+
+def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: int, seed: int) -> Any:
+    """Builds the network and adds what the flags say of stochastic depth.
+
+    Args:
+        network: Which network.
+        depth: Of its stochastic depth.
+        num_classes: Of the data.
+        seed: Of the gates.
+
+    Raises:
+        UserError: If a setting doesn't suit the network.
+    """
+    given = dict(schedule=depth.drop_path_schedule, mode=depth.drop_path_mode, scale=depth.drop_path_scale)
+    choices = {key: value for key, value in given.items() if value is not None}
+    is_ours = registered_name(network.model).startswith('sd_')  # they take the method as arguments
+    kwargs: dict[str, Any] = {}
+    if is_ours:
+        kwargs = dict({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
+        if depth.drop_path is not None:
+            kwargs['drop_path_rate'] = depth.drop_path
+    with user_errors(f'--model {network.model}'):
+        model: Any = timm.create_model(network.model, pretrained=network.pretrained, num_classes=num_classes,
+                                       **kwargs, **network.model_kwargs)
+        if not is_ours and depth.drop_path:
+            timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)
+        if depth.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if depth.compile == 'model':
+            model.compile(mode=depth.torchcompile_mode)
+        elif depth.compile == 'blocks':
+            timm_sd.compile_blocks(model, mode=depth.torchcompile_mode)
+    return model
+
+
+def first_branch_weight(model: nn.Module) -> nn.Parameter:
+    """The first convolution (or linear layer) of the first residual block, whose gradients the paper's Fig. 7 shows.
+
+    Raises:
+        UserError: If the network has no residual block.
+    """
+    blocks = (module for module in model.modules() if drop_path_slots(module))
+    weight = next((param for block in blocks for param in block.parameters() if param.ndim > 1), None)
+    if weight is None:
+        raise UserError(f'--log-gradients: {type(model).__name__} has no residual block with a drop_path')
+    return weight

@@ -1,0 +1,64 @@
+"""Pictures of a run, and how a picture is saved."""
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+
+from harness.files import write_atomic  # noqa: E402
+
+
+def save_figure(figure: Any, panels: Iterable[Any], path: Path) -> None:
+    """Writes a figure as a PNG, with a grid in each of `panels`, and closes it."""
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[['top', 'right']].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    plt.close(figure)
+    write_atomic(path, buffer.getvalue())
+
+
+def save_gates(rates: Sequence[float], path: Path) -> None:
+    """Draws the survival probability of each block, p_l, as the paper's Fig. 2.
+
+    Args:
+        rates: 1 - p_l of each block.
+        path: The PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 2.4), layout='constrained')
+    blocks = range(1, len(rates) + 1)
+    axes.bar(blocks, [1 - rate for rate in rates], width=0.8, color='tab:orange', label='survives: p_l')
+    axes.bar(blocks, rates, bottom=[1 - rate for rate in rates], width=0.8, color='0.85', label='dropped')
+    axes.set(xlabel='block', ylabel='probability', ylim=(0, 1), xlim=(0.4, len(rates) + 0.6))
+    axes.legend(loc='center left', bbox_to_anchor=(1., 0.5), frameon=False)
+    axes.set_title(f'{sum(1 - rate for rate in rates):.1f} of {len(rates)} blocks run in expectation', fontsize=10)
+    save_figure(figure, [axes], path)
+
+
+def save_curves(rows: list[dict[str, float]], results: dict[str, Any], path: Path) -> None:
+    """Draws training loss and validation error by epoch, as the paper's Fig. 3, and marks the selected epoch.
+
+    Args:
+        rows: The rows of summary.csv.
+        results: The contents of results.json.
+        path: The PNG to write.
+    """
+    epochs = [row['epoch'] + 1 for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
+    left.semilogy(epochs, [row['train_loss'] for row in rows], color='black', label='training')
+    left.semilogy(epochs, [row['eval_loss'] for row in rows], color='tab:orange', ls='--', label='validation')
+    left.set(xlabel='epoch', ylabel='loss')
+    left.legend(frameon=False)
+    right.plot(epochs, [100 - row['eval_top1'] for row in rows], color='tab:orange', ls='--', label='validation')
+    best = results['best_epoch']
+    right.plot(best + 1, results['test_best']['top1_err'], 'k*', ms=10, label='test, at the best validation epoch')
+    right.set(xlabel='epoch', ylabel='error (%)')
+    right.legend(frameon=False)
+    figure.suptitle(f'{results["model"]}, drop_path_rate {results["drop_path_rate"]}, {results["dataset"]}')
+    save_figure(figure, (left, right), path)

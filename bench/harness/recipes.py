@@ -1,0 +1,117 @@
+"""The flags of train.py, and recipes: YAML files that say what the command line leaves open."""
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.cli import Parser, add_flags, flag, make_settings
+from harness.data.sources import SourceSettings
+from harness.data.splits import AugmentationSettings, ImageSettings, SplitSettings
+from harness.errors import UserError, nearest, one_line
+from harness.launch import LaunchSettings
+from harness.network import DepthSettings, NetworkSettings
+from harness.optimizer import OptimizerSettings
+from harness.paths import RECIPES
+from harness.run_folder import MAY_DIFFER, FolderSettings
+from harness.training import TrainingSettings
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """Recipe."""
+    config: str = flag('quickstart', 'recipe', short='-c', metavar='NAME_OR_FILE')
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """All flags of train.py: the settings of each part, and `record`, every flag by name for args.yaml."""
+    recipe: RecipeSettings
+    source: SourceSettings
+    splits: SplitSettings
+    images: ImageSettings
+    network: NetworkSettings
+    depth: DepthSettings
+    optimizer: OptimizerSettings
+    augmentation: AugmentationSettings
+    training: TrainingSettings
+    folder: FolderSettings
+    launch: LaunchSettings
+    record: dict[str, Any]
+
+
+SETTINGS_CLASSES: dict[str, Any] = {field.name: field.type for field in fields(TrainFlags) if field.name != 'record'}
+
+
+def train_parser() -> Parser:
+    """The flags of train.py, named as timm's where timm has them."""
+    parser = Parser('Trains a network with stochastic depth.')
+    add_flags(parser, *SETTINGS_CLASSES.values())
+    return parser
+
+
+def group_flags(args: argparse.Namespace) -> TrainFlags:
+    """What was parsed, part by part."""
+    return TrainFlags(**{name: make_settings(cls, args) for name, cls in SETTINGS_CLASSES.items()}, record=vars(args))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a name or YAML file: flags and their values.
+
+    Raises:
+        UserError: If there is none, or it is no mapping.
+    """
+    path = Path(name) if name.endswith(('.yaml', '.yml')) else RECIPES / f'{name}.yaml'
+    if not path.is_file():
+        recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
+        raise UserError(f'no recipe {name!r}; nearest: {nearest(name, recipes)}, or give a YAML file')
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f'recipe {path}: {one_line(error)}') from error
+    if not isinstance(recipe, dict):
+        raise UserError(f'recipe {path} must be a mapping of flag names to values')
+    return recipe
+
+
+def command_line(flags: dict[str, Any]) -> list[str]:
+    """Flags by name as a command line, so that a recipe's values are checked as the user's are."""
+    line = []
+    for name, value in flags.items():
+        words = name.replace('_', '-')
+        if isinstance(value, bool):
+            line.append(f'--{words}' if value else f'--no-{words}')
+        elif isinstance(value, dict):
+            line += [f'--{words}', *(f'{key}={entry}' for key, entry in value.items())]
+        elif value is not None:
+            line += [f'--{words}', *(str(entry) for entry in (value if isinstance(value, list) else [value]))]
+    return line
+
+
+def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of train.py: those of the command line, and the recipe's where it says nothing.
+
+    Args:
+        argv: The command line, by default this process's.
+
+    Raises:
+        UserError: If a flag, the recipe or a key in it is unknown, or a value has the wrong type or size.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    recipe = read_recipe(args.config)
+    for key in recipe:
+        if key == 'config' or key not in args:
+            raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(key, vars(args))}')
+    return parser.parse_args([*command_line(recipe), *argv])
+
+
+def changed_from_recipe(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that say something else than the recipe they were parsed over."""
+    elsewhere = {*MAY_DIFFER, 'config', 'seed', 'amp', 'log_gradients'}  # recorded elsewhere, or without effect
+    recipe = vars(parse_train_flags(['-c', flags['config']]))
+    return {key: flags[key] for key, value in recipe.items() if flags[key] != value and key not in elsewhere}

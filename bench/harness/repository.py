@@ -1,0 +1,120 @@
+"""What is made public of a run: its card with what it is made from, and a whole Hub repository."""
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
+from timm.models import save_for_hf
+
+import timm_sd
+from harness.card import Comparison, architecture, classes_and_size, full_name, make_card, method_of, plain_kwargs
+from harness.cli import flag
+from harness.errors import UserError, one_line
+from harness.files import write_atomic, write_json
+from harness.network import registered_name
+from harness.plots import save_gates
+from harness.run_folder import RunFolder, without_paths
+
+
+@dataclass(frozen=True)
+class UploadSettings:
+    """Of the upload."""
+    private: bool = flag(False, 'create the repository as a private one')
+    revision: str | None = flag(None, 'branch to commit to')
+    create_pr: bool = flag(False, 'open a pull request')
+
+
+def read_run(run_folder: Path) -> dict[str, Any]:
+    """The results of a finished run that may be made public.
+
+    Raises:
+        UserError: If it isn't finished, or was not trained with whole blocks dropped.
+    """
+    results = RunFolder(run_folder).read_results()
+    if results is None:
+        raise UserError(f'{run_folder} is no finished run: it has no results.json')
+    results['model'] = registered_name(results['model'])  # it may be hf-hub:ORG/NAME
+    if results['blocks'] is None or method_of(results)[0] != 'batch':
+        raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')
+    return without_paths(results)
+
+
+def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Comparison, folder: Path,
+                      repo: str | None = None) -> None:
+    """Writes the card and what it is made from: results.json, summary.csv, curves.png and gates.png.
+
+    Args:
+        run_folder: Of the run.
+        results: What `read_run` gave of it.
+        comparison: What the card holds it against.
+        folder: Where to.
+        repo: The Hub repository that the card's snippets load from; without it they load from the package.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'results.json', results)
+    for file in ('summary.csv', 'curves.png'):
+        write_atomic(folder / file, (run_folder / file).read_bytes())
+    _, schedule, _ = method_of(results)
+    save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png')
+    write_atomic(folder / 'README.md', make_card(results, comparison, repo).encode())
+
+
+def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comparison, folder: Path,
+                     repo: str) -> None:
+    """Writes everything that a Hub repository holds; see `write_card_folder`."""
+    write_card_folder(run_folder, results, comparison, folder, repo)
+    name = full_name(results)
+    classes, size = classes_and_size(results)
+    model: Any = timm.create_model(architecture(name), num_classes=classes, **plain_kwargs(results))
+    labels = dict(label_names=results['label_names']) if 'label_names' in results else {}
+    given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
+    if results['args']['in_memory']:  # images in memory are not cropped
+        given.update(crop_pct=1.0, interpolation='bilinear')
+    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(labels, pretrained_cfg=dict(
+        given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
+        paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
+        test_input_size=None, test_crop_pct=None)))
+    # save_for_hf wrote the random weights of `model` beside config.json: the run's take their place.
+    write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
+
+
+def upload(run_folder: Path, results: dict[str, Any], comparison: Comparison, repo: str,
+           settings: UploadSettings) -> str:
+    """Uploads the repository; files that are there already, unchanged, make no commit.
+
+    Args:
+        run_folder: Of the run.
+        results: What `read_run` gave of it.
+        comparison: What the card holds it against.
+        repo: The Hub repository.
+        settings: See `UploadSettings`.
+
+    Returns:
+        How to load it, and its hf_hub_id, a line each.
+
+    Raises:
+        UserError: If the Hub can't be reached, or refuses.
+    """
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        write_repository(run_folder, results, comparison, Path(scratch), repo)
+        try:
+            # This call fails after 3 s if the Hub does not answer; those that follow have no time limit.
+            with suppress(RepositoryNotFoundError):
+                api.repo_info(repo, timeout=3)
+            api.create_repo(repo, private=settings.private, exist_ok=True)
+            if settings.revision and not settings.create_pr:
+                api.create_branch(repo, branch=settings.revision, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo, folder_path=scratch, revision=settings.revision,
+                                       create_pr=settings.create_pr, commit_message='Weights, card and results')
+        except (httpx.HTTPError, HFValidationError, OSError) as error:
+            raise UserError(f'--repo {repo} can not be published: {one_line(error)}; log in with hf auth login, or set '
+                            'HF_TOKEN') from error
+    revision = f'@{commit.oid}' if settings.create_pr else f'@{settings.revision}' if settings.revision else ''
+    return (f"load it: timm.create_model('hf-hub:{repo}{revision}', pretrained=True)\n"
+            f'hf_hub_id: {repo}@{commit.oid}')

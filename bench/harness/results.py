@@ -1,0 +1,85 @@
+"""The end of a run: its weights are tested, and the run folder gets what others read of it."""
+import statistics
+from pathlib import Path
+from typing import Any
+
+import timm_sd
+from harness.machine import versions
+from harness.plots import save_curves
+from harness.recipes import TrainFlags, changed_from_recipe
+from harness.training import Trainer
+
+
+def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:
+    """1 - p_L of the network."""
+    return getattr(trainer.model, 'drop_path_rate', flags.depth.drop_path or 0.)
+
+
+def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
+    """Where the weights come from: network, recipe, data."""
+    source, splits = flags.source, flags.splits
+    # A folder counts as a copy of the recipe's data set if it has as many classes.
+    cfg: Any = trainer.model.pretrained_cfg
+    is_copy = source.data_dir is None or len(trainer.class_names) == cfg['num_classes']
+    if splits.tests_while_training:
+        held_out = 'nothing: the last epoch counts'
+    else:
+        held_out = 'validation split' if splits.val_split else f'{splits.val_per_class} of each class'
+    return dict(
+        model=flags.network.model, recipe=Path(flags.recipe.config).stem,
+        changed_from_recipe=changed_from_recipe(flags.record), seed=flags.training.seed, epochs=trainer.epochs,
+        dataset=source.dataset if is_copy else Path(source.name).name,
+        images={name: batches.images for name, batches in trainer.batches.items()}, held_out=held_out)
+
+
+def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
+    """Tests the best and the last epoch's weights, and writes what a run folder ends with.
+
+    Args:
+        trainer: After its last epoch.
+        flags: Of the run.
+
+    Returns:
+        The contents of results.json.
+    """
+    progress, folder, gates = trainer.progress, trainer.folder, trainer.gates
+    last = trainer.test(trainer.model.state_dict())
+    weights = folder.load_best(progress.best_epoch)
+    best = trainer.test(weights)
+    # A resumed run may have changed machines: only epochs on the last one's machine count. The median ignores the
+    # moments in which the machine had other work.
+    *_, place = progress.hardware
+    epoch_seconds = statistics.median(row['train_seconds'] for row, where
+                                      in zip(progress.rows, progress.hardware, strict=True) if where == place)
+    given = origin(trainer, flags)
+    results = dict(
+        given, label_names=trainer.class_names,
+        param_count=sum(param.numel() for param in trainer.model.parameters()),
+        drop_path_rate=last_drop_rate(trainer, flags),
+        expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
+        best_epoch=progress.best_epoch, val_top1_err=round(100 - progress.best_top1, 4),
+        val_top1_err_last=round(100 - progress.rows[-1]['eval_top1'], 4), test_best=best, test_last=last,
+        train_seconds=round(sum(row['train_seconds'] for row in progress.rows), 2),
+        epoch_seconds=round(epoch_seconds, 2),
+        images_per_second=round(given['images']['train'] / epoch_seconds, 1),
+        hardware=place, versions=versions(), args=flags.record)
+    if trainer.accelerator.is_main_process:
+        folder.write_summary(progress.rows)
+        folder.write_weights(weights, dict(
+            given, img_size=flags.images.img_size, mean=flags.images.mean, std=flags.images.std,
+            selected_epoch=progress.best_epoch,
+            test_top1_err=best['top1_err'], test_top1_err_last_epoch=last['top1_err'],
+            timm_sd=timm_sd.__version__))
+        save_curves(progress.rows, results, folder.path / 'curves.png')
+        folder.write_results(results)
+    return results
+
+
+def closing_lines(folder: Path, results: dict[str, Any]) -> str:
+    """Three lines for a person: where the run is, its test error, its time."""
+    best, last = results['test_best']['top1_err'], results['test_last']['top1_err']
+    return (f'run folder  {folder}\n'
+            f'test error  {best:.2f} % (weights of epoch {results["best_epoch"] + 1}), {last:.2f} % (last epoch, '
+            f'{results["epochs"]})\n'
+            f'time        {results["train_seconds"]:.0f} s of training, {results["epoch_seconds"]:.1f} s an epoch '
+            f'(median), {results["images_per_second"]:.0f} images/s')

@@ -1,0 +1,188 @@
+"""The training of a network from its first epoch, or its last checkpoint, to the end."""
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+import timm_sd
+from harness.cli import flag, positive_int, unit_interval
+from harness.data.batches import Batches
+from harness.engine import TrainStep, autocast, evaluate, train_epoch
+from harness.errors import UserError
+from harness.machine import hardware
+from harness.run_folder import RunFolder, load_raw_state, raw_state
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Training."""
+    seed: int = flag(0, 'of weights, order, augmentation and gates', type=int)
+    grad_accum_steps: int = flag(1, 'batches an update', type=positive_int)
+    smoothing: float = flag(0., 'label smoothing', type=unit_interval)
+    eval_interval: int | None = flag(None, 'validate within the epochs too', type=positive_int, metavar='UPDATES')
+    log_gradients: bool = flag(False, "mean absolute gradient of the first block's first layer, by epoch, into "
+                                      'summary.csv')
+    log_interval: int = flag(20, 'steps between updates of the progress bar', type=positive_int)
+    checkpoint_hist: int = flag(2, 'checkpoints to keep', type=positive_int)
+
+
+@dataclass
+class Progress:
+    """How far a training is; a part of each checkpoint.
+
+    Attributes:
+        epoch: Epochs that are done.
+        best_epoch: The epoch, from 0, whose weights are kept.
+        best_top1: Their accuracy on the validation images, in percent.
+        rows: Of summary.csv, one an epoch.
+        hardware: What each epoch was trained on.
+    """
+    epoch: int = 0
+    best_epoch: int = 0
+    best_top1: float = -1.
+    rows: list[dict[str, float]] = field(default_factory=list)
+    hardware: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Trainer:
+    """Trains a network, keeps its best weights, and saves its state after each epoch.
+
+    Attributes:
+        settings: See `TrainingSettings`.
+        epochs: Of the whole training.
+        model: The network, on its device.
+        optimizer: Its optimiser.
+        scheduler: timm's scheduler.
+        batches: `train`, `val` and `test`.
+        accelerator: Says who we are among the processes.
+        amp: Train and validate in bf16 autocast.
+        folder: Where everything goes.
+        class_names: Of the data.
+        selects: Keep the weights that are best on the validation images; otherwise the last ones.
+        watched: The parameter whose gradient is logged, if any.
+        progress: How far it is.
+    """
+    settings: TrainingSettings
+    epochs: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    batches: dict[str, Batches]
+    accelerator: Accelerator
+    amp: bool
+    folder: RunFolder
+    class_names: list[str]
+    selects: bool
+    watched: nn.Parameter | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.gates = timm_sd.depth_gates(self.model)
+        # Both belong to the epoch that is being trained.
+        self.gradients: list[torch.Tensor] = []  # mean absolute gradient of `watched`, one an update
+        self.validation_seconds = 0.  # of validations within the epoch
+
+    def train(self, resume: bool) -> None:
+        """Trains the epochs that no checkpoint holds yet; with `resume` off, all of them."""
+        if resume:
+            self.restore()
+        # The schedule follows from the epoch alone.
+        self.scheduler.step(self.progress.epoch)
+        self.scheduler.step_update(self.progress.epoch * len(self.batches['train']))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.remove_after(self.progress.epoch)
+        model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        step = TrainStep(model, optimizer, self.accelerator, autocast(self.accelerator.device, self.amp),
+                         self.settings.smoothing, self.settings.grad_accum_steps)
+        images = self.batches['train'].images
+        with tqdm(total=self.epochs * images, initial=self.progress.epoch * images, unit=' images',
+                  mininterval=1. if sys.stderr.isatty() else 60.,
+                  disable=not self.accelerator.is_main_process) as bar:
+            for epoch in range(self.progress.epoch, self.epochs):
+                bar.set_description(f'epoch {epoch + 1}/{self.epochs}', refresh=False)
+                row = self.train_epoch(step, epoch, bar)
+                self.save(row)
+                if self.accelerator.is_main_process:
+                    bar.write(f'epoch {epoch + 1:3d}: train_loss {row["train_loss"]:.4f}, eval_loss '
+                              f'{row["eval_loss"]:.4f}, eval_top1 {row["eval_top1"]:.2f}, lr {row["lr"]:.4g}, '
+                              f'{images / row["train_seconds"]:.0f} images/s', file=sys.stderr)
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint, if there is one."""
+        checkpoint = self.folder.load_checkpoint()
+        if checkpoint is not None:
+            self.progress = Progress(**{key: checkpoint[key] for key in vars(self.progress)})
+            load_raw_state(self.model, checkpoint['raw_model'])
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+
+    def train_epoch(self, step: TrainStep, epoch: int, bar: tqdm) -> dict[str, float]:
+        """Trains and validates one epoch; returns its row of summary.csv."""
+        batches, seed = self.batches['train'], self.settings.seed
+        batches.set_epoch(epoch)
+        # DropPath and dropout draw from torch's generator: each rank has its own masks, and a resumed run repeats them.
+        torch.manual_seed(random.Random(f'{seed}/{epoch}/{self.accelerator.process_index}').getrandbits(63))
+        if self.gates is not None:
+            self.gates.set_epoch(epoch)
+        self.gradients.clear()
+        self.validation_seconds = 0.
+        lr, start = self.optimizer.param_groups[0]['lr'], time.perf_counter()
+        train_loss = train_epoch(step, batches, self.scheduler, epoch, bar, self.settings.log_interval,
+                                 self.before_update)
+        seconds = time.perf_counter() - start - self.validation_seconds
+        if not math.isfinite(train_loss):
+            raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; '
+                            f'lower --lr {self.optimizer.defaults["lr"]}')
+        val = self.validate()
+        self.scheduler.step(epoch + 1)
+        row = dict(epoch=epoch, train_loss=train_loss, eval_loss=val['loss'], eval_top1=val['top1'],
+                   eval_top5=val['top5'], lr=lr, train_seconds=seconds)
+        if self.gradients:
+            row['grad_magnitude'] = torch.stack(self.gradients).mean().item()
+        return row
+
+    def before_update(self, update: int) -> None:
+        """Logs the gradient, and validates every --eval-interval updates, which are numbered from 0 in each epoch."""
+        if self.watched is not None and self.watched.grad is not None:
+            self.gradients.append(self.watched.grad.abs().mean())
+        if self.settings.eval_interval and update and update % self.settings.eval_interval == 0:
+            start = time.perf_counter()
+            self.validate()
+            self.model.train()
+            self.validation_seconds += time.perf_counter() - start
+
+    def validate(self) -> dict[str, float]:
+        """Evaluates on the validation images, and keeps the weights if they are the best so far."""
+        progress = self.progress
+        val = evaluate(self.model, self.batches['val'], self.accelerator, autocast(self.accelerator.device, self.amp))
+        if val['top1'] > progress.best_top1 or not self.selects:
+            progress.best_epoch, progress.best_top1 = progress.epoch, val['top1']
+            if self.accelerator.is_main_process:
+                self.folder.save_best(self.model.state_dict(), progress.epoch)
+        return val
+
+    def save(self, row: dict[str, float]) -> None:
+        """Ends an epoch: adds its row, and saves a checkpoint and summary.csv."""
+        self.progress.rows.append(row)
+        self.progress.hardware.append(hardware(self.accelerator, self.amp))
+        self.progress.epoch += 1
+        if self.accelerator.is_main_process:
+            state = dict(vars(self.progress), raw_model=raw_state(self.model), optimizer=self.optimizer.state_dict())
+            self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
+            self.folder.write_summary(self.progress.rows)
+
+    def test(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Test loss and errors of these weights, in fp32, so that validate.py and timm's give the same anywhere."""
+        self.model.load_state_dict(weights)
+        metrics = evaluate(self.model, self.batches['test'], self.accelerator,
+                           autocast(self.accelerator.device, False))
+        errors = {f'{key}_err': round(100 - metrics[key], 4) for key in ('top1', 'top5')}
+        return dict(loss=metrics['loss'], **errors)

@@ -1,0 +1,65 @@
+"""The figures of the paper (arXiv 1603.09382, v3) that ours stand beside: test errors in percent, times in hours."""
+import re
+from typing import NamedTuple
+
+
+class Pair(NamedTuple):
+    """One figure at constant depth, and the same with stochastic depth at p_L = 0.5, linear decay."""
+    constant: float
+    stochastic: float
+
+
+# Epochs of each recipe of recipes/.
+EPOCHS = dict(cifar10=500, cifar10_short=500, cifar100=500, svhn=50, imagenet=120, cifar10_1202=300)
+
+# By data set.
+TABLE1 = {
+    'cifar10': Pair(6.41, 5.25), 'cifar100': Pair(27.76, 24.98), 'svhn': Pair(1.80, 1.75),
+    'imagenet': Pair(21.78, 21.98), 'cifar10_unaugmented': Pair(13.63, 11.66),
+    'cifar100_unaugmented': Pair(44.74, 37.80),
+}
+TABLE2 = {
+    'cifar10': Pair(20 + 42 / 60, 15 + 7 / 60), 'cifar100': Pair(20 + 51 / 60, 15 + 20 / 60),
+    'svhn': Pair(33 + 43 / 60, 25 + 33 / 60),
+}
+DEPTH1202 = Pair(6.67, 4.91)
+
+# Final training loss on CIFAR-10 with augmentation.
+FIG3 = Pair(6e-4, 1.1e-2)
+# Mean absolute gradient of the first block's first convolution in the three phases of the learning rate.
+FIG7 = (Pair(0.88e-5, 0.98e-5), Pair(0.087e-5, 0.64e-5), Pair(0.032e-5, 0.35e-5))
+
+# 110 layers on CIFAR-10, by schedule and p_L.
+FIG8_LEFT = {
+    'linear': dict(zip((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+                       (6.96, 6.30, 5.97, 5.40, 5.25, 5.42, 5.39, 5.64, 5.89, 6.41), strict=True)),
+    'uniform': dict(zip((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+                        (6.93, 6.56, 6.14, 5.92, 5.48, 5.27, 5.94, 6.41), strict=True)),
+}
+# CIFAR-10, linear decay, by p_L and depth.
+DEPTHS = (20, 38, 56, 74, 92, 110)
+FIG8_RIGHT = {p_last: dict(zip(DEPTHS, errors, strict=True)) for p_last, errors in {
+    1.0: (8.31, 6.67, 6.27, 6.53, 6.25, 6.41),
+    0.9: (7.60, 6.16, 5.84, 5.88, 5.72, 5.89),
+    0.8: (7.72, 6.29, 5.66, 5.59, 5.56, 5.64),
+    0.7: (8.23, 6.42, 5.98, 5.72, 5.43, 5.39),
+    0.6: (8.63, 6.66, 6.10, 5.94, 5.69, 5.42),
+    0.5: (9.39, 7.12, 6.40, 5.79, 5.61, 5.25),
+}.items()}
+
+
+def error_of(model: str) -> str | None:
+    """The paper's test error for a model of this package, for its card: full budget, selected as here."""
+    name, _, tag = model.partition('.')
+    network = re.fullmatch(r'sd_resnet(\d+)_cifar', name)
+    if network is None:
+        return None
+    depth = int(network[1])
+    pair = {(110, 'c10'): TABLE1['cifar10'], (110, 'c100'): TABLE1['cifar100'], (152, 'svhn'): TABLE1['svhn'],
+            (1202, 'c10'): DEPTH1202}.get((depth, tag))
+    if pair is not None:
+        where = 'section 4' if depth == 1202 else 'Table 1'
+        return f'{pair.stochastic:.2f} at p_L = 0.5 and {pair.constant:.2f} at constant depth ({where})'
+    if tag == 'c10' and depth in DEPTHS:
+        return f'{FIG8_RIGHT[0.9][depth]:.2f} at p_L = 0.9 and {FIG8_RIGHT[1.0][depth]:.2f} at constant depth (Fig. 8)'
+    return None
