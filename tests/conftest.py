@@ -1,23 +1,25 @@
-"""What several test modules need."""
-import importlib
-import sys
+"""For all tests: one thread a worker of pytest-xdist, and no Hub but one on loopback."""
+import os
+import tempfile
 
-import pytest
+# The libraries read these when they are imported, so they are set before any test module is.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ['OMP_NUM_THREADS'] = '1'
+for _name in ('HF_TOKEN', 'HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TIMM_SD_HUB_ORG'):
+    os.environ.pop(_name, None)
 
-from config import run
+import pytest  # noqa: E402
+
+from support.hub_server import Hub  # noqa: E402
+
+_HUB = Hub()
+_HOME = tempfile.TemporaryDirectory(prefix='hf-home-')
+os.environ.update(HF_ENDPOINT=_HUB.url, HF_HOME=_HOME.name, HF_HUB_DISABLE_XET='1')
 
 
 @pytest.fixture
-def refused(monkeypatch, capfd):
-    """What a script says of a mistake: one line and exit status 2. In this process: each start takes seconds."""
-    def refused(script, *args):
-        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            run(importlib.import_module(script.removesuffix('.py')).main)
-        assert stop.value.code == 2
-        said = capfd.readouterr()
-        assert said.out == ''
-        assert said.err.startswith(f'{script}: error: ')
-        assert len(said.err.strip().splitlines()) == 1, said.err
-        return said.err
-    return refused
+def hub():
+    """The Hub of this process, empty and without a fault; HF_ENDPOINT, here and in child processes, is its address."""
+    _HUB.reset()
+    yield _HUB
+    _HUB.reset()

@@ -22,17 +22,17 @@ def survival_probabilities(n_blocks, p_last):
     return [1 - (block / n_blocks) * (1 - p_last) for block in range(1, n_blocks + 1)]
 
 
-def forward(p, x, n, gates=None, survival=None):
-    """Logits of the 6n+2 network.
+def forward(p, x, n, factors=None, training=False):
+    """Logits of the 6n+2 network; the output of a block is ReLU(shortcut + factor f).
 
     Args:
         p: State dict, by the names of timm's ResNet.
         x: Images.
         n: Blocks a stage.
-        gates: Training: one bool a block; out = ReLU(shortcut + b f).
-        survival: Test: p_l of each block; out = ReLU(shortcut + p_l f), eq. 5.
+        factors: One number a block, 1 if None: p_l in evaluation by eq. 5; in training the gate, or gate / p_l. At 0
+            there is no f.
+        training: Normalise by the batch, and move the running statistics.
     """
-    training = gates is not None
     x = F.relu(batch_norm(F.conv2d(x, p['conv1.weight'], padding=1), p, 'bn1', training))
     block = 0
     for stage in range(3):
@@ -40,13 +40,14 @@ def forward(p, x, n, gates=None, survival=None):
             name = f'layer{stage + 1}.{i}'
             down = stage > 0 and i == 0
             shortcut = pooled_and_padded(x, 16 * 2 ** stage) if down else x
-            if training and not gates[block]:
+            factor = 1 if factors is None else factors[block]
+            if factor == 0:
                 x = F.relu(shortcut)
             else:
                 f = F.conv2d(x, p[f'{name}.conv1.weight'], stride=2 if down else 1, padding=1)
                 f = F.relu(batch_norm(f, p, f'{name}.bn1', training))
                 f = batch_norm(F.conv2d(f, p[f'{name}.conv2.weight'], padding=1), p, f'{name}.bn2', training)
-                x = F.relu(shortcut + (f if survival is None else survival[block] * f))
+                x = F.relu(shortcut + factor * f)
             block += 1
     return F.linear(x.mean((2, 3)), p['fc.weight'], p['fc.bias'])
 

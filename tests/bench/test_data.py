@@ -1,36 +1,17 @@
 """The fast data path: columns, splits, augmentation against loops, the same samples on any number of processes."""
-import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from config import UserError
-from data import open_split
-from in_memory import ImageSet, MemoryBatches, load_image_set, random_crop_flip
-from parts import hold_out
-
-
-def image_set(n=20, size=8, classes=2):
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
-    return ImageSet(pictures, torch.arange(n) % classes, [str(label) for label in range(classes)])
-
-
-def write_parquet(folder, n=6, size=8, labels=('label',), odd_one=None):
-    pictures = [Image.fromarray(np.full((size, size, 3), 10 * i, np.uint8)) for i in range(n)]
-    if odd_one is not None:
-        pictures[-1] = pictures[-1].resize(odd_one)
-    columns = dict(img=pictures, **{label: [i % 2 for i in range(n)] for label in labels})
-    kinds = {label: datasets.ClassLabel(names=['cat', 'dog']) for label in labels}
-    data = datasets.Dataset.from_dict(columns, features=datasets.Features(img=datasets.Image(), **kinds))
-    (folder / 'data').mkdir(parents=True, exist_ok=True)
-    data.to_parquet(folder / 'data' / 'train-00000-of-00001.parquet')
-    return str(folder)
+from harness.data import splits
+from harness.data.in_memory import MemoryBatches, load_image_set, random_crop_flip
+from harness.data.sources import SourceSettings, open_split
+from harness.data.splits import ImageSettings, SplitSettings, hold_out, load_splits
+from harness.errors import UserError
+from support.data import image_set, write_classes, write_parquet
 
 
 def test_decodes_losslessly_and_finds_columns(tmp_path):
-    data = load_image_set(open_split(write_parquet(tmp_path), 'train'))
+    data = load_image_set(open_split(SourceSettings(write_parquet(tmp_path)), 'train'))
     assert data.images.dtype == torch.uint8
     assert data.images.shape == (6, 3, 8, 8)
     assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
@@ -39,32 +20,33 @@ def test_decodes_losslessly_and_finds_columns(tmp_path):
 
 
 def test_resizes_when_told(tmp_path):
-    assert load_image_set(open_split(write_parquet(tmp_path, odd_one=(5, 7)), 'train'), 16).images.shape[2:] == (16, 16)
+    split = open_split(SourceSettings(write_parquet(tmp_path, odd_one=(5, 7))), 'train')
+    assert load_image_set(split, 16).images.shape[2:] == (16, 16)
 
 
-@pytest.mark.parametrize(('make', 'kwargs', 'words'), [
-    (dict(labels=('fine', 'coarse')), {}, ['2 columns', 'fine', 'coarse', '--target-key']),
-    ({}, dict(target_key='nothing'), ['--target-key', 'nothing', 'label']),
-    ({}, dict(target_key='img'), ['--target-key', 'img', 'ClassLabel', 'label']),
-    ({}, dict(split='validation'), ['validation', 'train']),
-    (dict(odd_one=(5, 7)), {}, ['image 5', '5x7', '--img-size']),
+@pytest.mark.parametrize(('make', 'kwargs', 'split', 'words'), [
+    (dict(labels=('fine', 'coarse')), {}, 'train', ['2 columns', 'fine', 'coarse', '--target-key']),
+    ({}, dict(target_key='nothing'), 'train', ['--target-key', 'nothing', 'label']),
+    ({}, dict(target_key='img'), 'train', ['--target-key', 'img', 'ClassLabel', 'label']),
+    ({}, {}, 'validation', ['validation', 'train']),
+    (dict(odd_one=(5, 7)), {}, 'train', ['image 5', '5x7', '--img-size']),
 ])
-def test_bad_data_is_named(tmp_path, make, kwargs, words):
+def test_bad_data_is_named(tmp_path, make, kwargs, split, words):
     folder = write_parquet(tmp_path, **make)
     with pytest.raises(UserError) as error:
-        load_image_set(open_split(folder, **{'split': 'train', **kwargs}))
+        load_image_set(open_split(SourceSettings(folder, **kwargs), split))
     assert all(word in str(error.value) for word in words)
     assert '\n' not in str(error.value)
 
 
 def test_two_label_columns_work_with_a_key(tmp_path):
     folder = write_parquet(tmp_path, labels=('fine', 'coarse'))
-    assert len(open_split(folder, 'train', target_key='fine').rows) == 6
+    assert len(open_split(SourceSettings(folder, target_key='fine'), 'train').rows) == 6
 
 
 def test_missing_folder():
     with pytest.raises(UserError, match='./nowhere'):
-        open_split('./nowhere', 'train')
+        open_split(SourceSettings('./nowhere'), 'train')
 
 
 def test_hold_out_is_stratified_and_always_the_same():
@@ -78,6 +60,45 @@ def test_hold_out_is_stratified_and_always_the_same():
     assert torch.equal(hold_out(data, 3)[1].images, val.images)
     with pytest.raises(UserError, match='--val-per-class 10'):
         hold_out(data, 10)
+
+
+def test_what_is_held_out_comes_out_of_the_training_images(tmp_path):
+    source = SourceSettings(write_classes(tmp_path, classes=3, train=6, extra=4, test=5))
+
+    def pictures(images):
+        return sorted(map(tuple, images.images.flatten(1).tolist()))
+
+    def load(**kwargs):
+        return load_splits(source, SplitSettings(**kwargs), ImageSettings(), progress=False)
+
+    plain = {split: load(train_split=split, val_split='test')['train'] for split in ('train', 'extra', 'test')}
+    for kwargs, train, val in (
+            (dict(val_per_class=[2]), [4], [2]),
+            (dict(train_split='train+extra', val_per_class=[1, 3]), [5, 1], [1, 3])):
+        loaded = load(**kwargs)
+        assert torch.bincount(loaded['train'].labels).tolist() == [sum(train)] * 3
+        assert torch.bincount(loaded['val'].labels).tolist() == [sum(val)] * 3
+        joined = kwargs.get('train_split', 'train').split('+')
+        assert sorted(pictures(loaded['train']) + pictures(loaded['val'])) == sorted(
+            picture for split in joined for picture in pictures(plain[split]))
+        held = pictures(loaded['val'])
+        assert [len(set(held) & set(pictures(plain[split]))) for split in joined] == [3 * count for count in val]
+        assert pictures(loaded['test']) == pictures(plain['test'])
+    named = load(val_split='extra')
+    assert [pictures(named[name]) for name in ('train', 'val', 'test')] == [
+        pictures(plain[split]) for split in ('train', 'extra', 'test')]
+    same = load(val_split='test')
+    assert same['test'] is same['val']
+
+
+@pytest.mark.parametrize('other', [dict(classes=3), dict(size=6)])
+def test_splits_of_other_classes_or_sizes_are_refused(monkeypatch, other):
+    monkeypatch.setattr(splits, 'load_images', lambda source, split, *args, **kwargs: image_set(
+        **dict(dict(classes=2, size=8), **other if split == 'test' else {})))
+    with pytest.raises(UserError) as error:
+        load_splits(SourceSettings(), SplitSettings(val_per_class=[1]), ImageSettings(), progress=False)
+    expected = f'test images are ({other.get("size", 8)}, {other.get("size", 8)}) in {other.get("classes", 2)} classes'
+    assert str(error.value).startswith(expected)
 
 
 def test_crop_and_flip_equal_a_loop_over_samples():

@@ -4,71 +4,80 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import reference
 import timm_sd
+from support import reference
+from support.networks import pictures, toy
 
-DEPTHS = (20, 32, 38, 44, 56, 74, 92, 110, 152, 1202)
+# blocks of each depth, by hand
+BLOCKS = {20: 9, 32: 15, 38: 18, 44: 21, 56: 27, 74: 36, 92: 45, 110: 54, 152: 75, 1202: 600}
 
 
 def parts(model):
-    """Parameters and state of a model as dictionaries of copies."""
-    return ({name: p.detach().clone() for name, p in model.named_parameters()},
-            {name: t.detach().clone() for name, t in model.state_dict().items()})
+    """Parameters and state of a model as dictionaries of copies; the raw ones, for a state_dict may be folded."""
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return parameters, {**{name: t.detach().clone() for name, t in model.named_buffers()}, **parameters}
 
 
 def test_all_depths_and_tags_are_registered():
-    assert set(timm.list_models('sd_resnet*_cifar')) == {f'sd_resnet{depth}_cifar' for depth in DEPTHS}
+    assert set(timm.list_models('sd_resnet*_cifar')) == {f'sd_resnet{depth}_cifar' for depth in BLOCKS}
     for tag, classes in (('c10', 10), ('c100', 100), ('svhn', 10)):
         model = timm.create_model(f'sd_resnet20_cifar.{tag}')
         assert model.num_classes == classes
         assert model.pretrained_cfg['input_size'] == (3, 32, 32)
 
 
-@pytest.mark.parametrize('depth', DEPTHS)
+@pytest.mark.parametrize('depth', [depth if depth < 1202 else pytest.param(depth, marks=pytest.mark.slow)
+                                   for depth in BLOCKS])
 def test_block_counts(depth):
     with torch.device('meta'):
         model = timm.create_model(f'sd_resnet{depth}_cifar')
-    assert len(timm_sd.depth_gates(model).open) == (depth - 2) // 2
+    assert len(timm_sd.depth_gates(model).open) == BLOCKS[depth]
 
 
 def test_parameters_and_defaults_of_110_layers():
-    model = timm.create_model('sd_resnet110_cifar')
+    with torch.device('meta'):
+        model = timm.create_model('sd_resnet110_cifar')
     assert sum(p.numel() for p in model.parameters()) == 1_727_962
     gates = timm_sd.depth_gates(model)
-    assert gates.drop_path_rates == timm_sd.drop_path_rates(54, 0.5, 'linear')
+    assert [gates.drop_path_rates[index] for index in (0, 26, 53)] == pytest.approx([1 / 108, 0.25, 0.5])
     assert gates.expected_depth == pytest.approx(40.25)
 
 
 def test_another_classifier_is_where_the_network_is():
-    model = timm.create_model('sd_resnet20_cifar').double()
+    model = toy().double()
     model.reset_classifier(5, 'catavgmax')
-    assert model(torch.randn(2, 3, 32, 32).double()).shape == (2, 5)
+    assert model(pictures().double()).shape == (4, 5)
     assert model.head_hidden_size == 128
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(('num_classes', 'global_pool'), [(5, None), (5, 'max'), (0, None), (0, '')])
+def test_another_classifier_is_in_the_mode_of_the_network(training, num_classes, global_pool):
+    model = toy().train(training)
+    model.reset_classifier(num_classes, global_pool)
+    assert all(module.training == training for module in model.modules())
 
 
 @pytest.mark.parametrize('scale', ['train', 'eval'])
 def test_equals_the_reference_in_evaluation(scale):
-    torch.manual_seed(0)
-    model = timm.create_model('sd_resnet32_cifar', drop_path_scale=scale).double().eval()
-    x = torch.randn(3, 3, 32, 32).double()
+    model = toy(2, drop_path_scale=scale).double().eval()
+    x = pictures().double()
     _, state = parts(model)
-    if scale == 'eval':  # the raw weights: a state_dict is folded
-        state.update({name: p.detach() for name, p in model.named_parameters()})
-    survival = reference.survival_probabilities(15, 0.5) if scale == 'eval' else None
-    torch.testing.assert_close(model(x), reference.forward(state, x, 5, survival=survival))
+    survival = reference.survival_probabilities(6, 0.5) if scale == 'eval' else None
+    torch.testing.assert_close(model(x), reference.forward(state, x, 2, factors=survival))
 
 
-def test_equals_the_reference_over_five_updates():
-    torch.manual_seed(0)
-    n, lr, momentum, weight_decay = 3, 0.1, 0.9, 1e-2
-    model = timm.create_model('sd_resnet20_cifar', drop_path_scale='eval').double().train()
+@pytest.mark.parametrize('scale', ['train', 'eval'])
+def test_equals_the_reference_over_five_updates(scale):
+    n, lr, momentum, weight_decay = 2, 0.1, 0.9, 1e-2
+    model = toy(n, drop_path_scale=scale).double().train()
+    survival = reference.survival_probabilities(6, 0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, nesterov=True, weight_decay=weight_decay)
     parameters, state = parts(model)
-    state.update({name: p.detach().clone() for name, p in model.named_parameters()})
     momenta = {}
     drawn = set()
     for step in range(5):
-        x, target = torch.randn(8, 3, 32, 32).double(), torch.randint(10, (8,))
+        x, target = torch.randn(8, 3, 8, 8).double(), torch.randint(10, (8,))
         optimizer.zero_grad()
         logits = model(x)
         F.cross_entropy(logits, target).backward()
@@ -76,7 +85,9 @@ def test_equals_the_reference_over_five_updates():
         drawn.add(tuple(gates))
 
         leaves = {name: value.requires_grad_() for name, value in parameters.items()}
-        reference_logits = reference.forward({**state, **leaves}, x, n, gates=gates)
+        factors = [is_open / p if scale == 'train' else float(is_open)
+                   for is_open, p in zip(gates, survival, strict=True)]
+        reference_logits = reference.forward({**state, **leaves}, x, n, factors=factors, training=True)
         torch.testing.assert_close(logits, reference_logits, msg=lambda text, step=step: f'step {step}: {text}')
         gradients = torch.autograd.grad(F.cross_entropy(reference_logits, target), list(leaves.values()),
                                         allow_unused=True)
@@ -98,16 +109,16 @@ def test_equals_the_reference_over_five_updates():
 
 
 def test_bfloat16_channels_last_keeps_the_layout():
-    model = timm.create_model('sd_resnet20_cifar', drop_path_seed=1).to(memory_format=torch.channels_last).train()
-    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    model = toy(drop_path_seed=1).to(memory_format=torch.channels_last).train()
+    x = pictures().contiguous(memory_format=torch.channels_last)
     with torch.autocast('cpu', torch.bfloat16):
         features = model.forward_features(x)
     assert features.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_odd_image_sizes():
-    model = timm.create_model('sd_resnet20_cifar').train()
-    assert [model(torch.randn(2, 3, size, size)).shape for size in (27, 30, 33)] == [(2, 10)] * 3
+    model = toy().train()
+    assert [model(pictures(2, size)).shape for size in (7, 9, 10)] == [(2, 10)] * 3
 
 
 # Ten steps of sd_resnet20_cifar on fixed noise, fp32: a change of any number here is a change of the method.

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -22,9 +21,11 @@ class Repo:
     branches: dict = field(default_factory=dict)
 
     def commit(self, files, branch='main'):
-        """A new commit on top of `branch`; its oid."""
-        oid = hashlib.sha1(f'{branch}{len(self.commits)}'.encode()).hexdigest()
-        self.commits[oid] = {**self.commits.get(self.branches.get(branch), {}), **files}
+        """A new commit on top of `branch`; its oid, by which caches know what they hold."""
+        content = {**self.commits.get(self.branches.get(branch), {}), **files}
+        blobs = sorted((path, blob_id(path, blob)) for path, blob in content.items())
+        oid = hashlib.sha1(f'{branch}{len(self.commits)}{blobs}'.encode()).hexdigest()
+        self.commits[oid] = content
         self.branches[branch] = oid
         return oid
 
@@ -47,8 +48,15 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.repos, self.lfs, self.fault, self.requests = {}, {}, None, []
+        self.released = threading.Event()
+        self.reset()
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def reset(self):
+        """Makes it empty, and without a fault; who waits for a silent answer is let go."""
+        self.released.set()
+        self.released = threading.Event()
+        self.repos, self.lfs, self.fault, self.requests = {}, {}, None, []
 
     @property
     def url(self):
@@ -81,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.requests.append(f'{self.command} {path}')
         if self.server.fault == 'silent':
-            time.sleep(60)
+            self.server.released.wait(60)
+            self.close_connection = True
             return
         if self.server.fault == '503':
             self.error(503, '')

@@ -1,22 +1,24 @@
 """The data path for large images: what an epoch sees, on any number of processes, from folders, parquet and streams."""
-import signal
-import subprocess
+import json
+import shutil
 import sys
-import time
+import traceback
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_transform
 
 import validate
-from config import RankError, UserError, run
-from data import open_split
-from large_images import LoaderBatches, load_image_rows
-from parts import hold_out
-from test_train import assert_same_run, bench, command
+from harness.data.large_images import LoaderBatches, load_image_rows
+from harness.data.sources import SourceSettings, open_split
+from harness.data.splits import AugmentationSettings, ImageSettings, hold_out, make_batches
+from harness.errors import RankError, UserError
+from harness.run_folder import RunFolder
+from support.commands import assert_same_run, read_results, run_here
 
 CPU = torch.device('cpu')
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def batches(folder, split='train', size=4, train=True, augment=False, **kwargs):
-    found = open_split(folder, split, streaming=(streaming := kwargs.pop('streaming', False)))
+    found = open_split(SourceSettings(folder, streaming=(streaming := kwargs.pop('streaming', False))), split)
     rows = load_image_rows(found._replace(images=22 if split == 'train' else 6) if streaming else found)
     transform = create_transform((3, 8, 8), is_training=augment, mean=(0.,) * 3, std=(1.,) * 3, crop_pct=1.)
     return LoaderBatches(rows, size, transform, CPU, workers=2, train=train, **kwargs)
@@ -103,11 +105,11 @@ def test_ranks_draw_augmentations_of_their_own(folder):
 
 
 def test_holding_out_takes_the_images_apart(folder):
-    train, val = hold_out(load_image_rows(open_split(folder, 'train')), 2)
+    train, val = hold_out(load_image_rows(open_split(SourceSettings(folder), 'train')), 2)
     assert (len(train), len(val)) == (18, 4)
     assert val.labels.tolist() == val.split.rows['label'][:] == [0, 0, 1, 1]
     with pytest.raises(UserError, match='--val-split'):
-        hold_out(load_image_rows(open_split(folder, 'train', streaming=True)._replace(images=22)), 2)
+        hold_out(load_image_rows(open_split(SourceSettings(folder, streaming=True), 'train')._replace(images=22)), 2)
 
 
 def test_a_damaged_image_is_named_in_one_line(folder, tmp_path):
@@ -118,44 +120,71 @@ def test_a_damaged_image_is_named_in_one_line(folder, tmp_path):
     (place / 'bad.png').write_bytes((place / 'good.png').read_bytes()[:40])
     with pytest.raises(RankError) as error:
         list(batches(str(tmp_path), size=1))
+    traceback.clear_frames(error.value.__cause__.__traceback__)  # in a cycle: collected later, it waits ten seconds
     assert 'bad.png is damaged' in str(error.value)
     assert '\n' not in str(error.value)
 
 
-def test_every_rank_says_what_it_may_meet_alone(monkeypatch, capsys):
-    monkeypatch.setenv('LOCAL_RANK', '1')
-    for kind, lines in ((RankError, 1), (UserError, 0)):
-        def main(kind=kind):
-            raise kind('bad.png is damaged')
-        with pytest.raises(SystemExit, match='2'):
-            run(main)
-        assert capsys.readouterr().err.count('bad.png is damaged\n') == lines
-
-
 def test_a_stream_of_unknown_length_is_refused(folder):
     with pytest.raises(UserError, match='leave out --streaming'):
-        load_image_rows(open_split(folder, 'train', streaming=True)._replace(images=None))
+        load_image_rows(open_split(SourceSettings(folder, streaming=True), 'train')._replace(images=None))
 
 
-def test_train_from_a_folder_and_resume_after_kill_9(folder, tmp_path):
-    args = ['-c', 'imagenet', '--data-dir', folder, '--model', 'sd_resnet18', '--img-size', '32', '--epochs', '3',
-            '-b', '4', '-j', '2', '--threads', '1', '--no-amp', '--output', str(tmp_path), '--experiment']
-    undisturbed = bench('train.py', *args, 'a')
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert '"best_epoch": 2,' in undisturbed.stdout  # the validation images are the test's: the last epoch counts
-    process = subprocess.Popen(command('train.py', *args, 'b'), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob('b/checkpoints/checkpoint-*.pt')):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / 'b' / 'results.json').exists()
-    resumed = bench('train.py', *args, 'b', '--resume', 'auto')
+def test_train_from_a_folder_and_resume(folder, tmp_path):
+    args = ['-c', 'imagenet', '--data-dir', folder, '--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '2',
+            '-b', '5', '-j', '2', '--threads', '1', '--no-amp', '--output', tmp_path, '--experiment']
+    whole = run_here('train.py', *args, 'whole')
+    assert whole.returncode == 0, whole.stderr
+    results = read_results(tmp_path / 'whole')
+    assert results['best_epoch'] == 1  # the validation images are the test's: the last epoch counts
+    assert results['images'] == dict(train=20, val=6, test=6)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'again')
+    (tmp_path / 'again' / 'results.json').unlink()
+    RunFolder(tmp_path / 'again').remove_after(1)
+    resumed = run_here('train.py', *args, 'again', '--resume', 'auto')
     assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(tmp_path / 'a', tmp_path / 'b')
-    found = bench('validate.py', '--checkpoint', tmp_path / 'a' / 'model.safetensors', '--data-dir', folder, '--split',
-                  'validation', '--img-size', '32', '--no-in-memory')
+    assert_same_run(tmp_path / 'again', tmp_path / 'whole')
+    found = run_here('validate.py', '--checkpoint', tmp_path / 'whole' / 'model.safetensors', '--data-dir', folder,
+                     '--split', 'validation', '--img-size', '8', '--no-in-memory', '-j', '1')
     assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)['top1_err'] == results['test_best']['top1_err']
+
+
+def ramp(tmp_path, **augmentation):
+    """The only picture of a folder, 60 x 45 px and brighter from left to right, and what the network gets of it."""
+    pixels = np.broadcast_to(np.arange(60, dtype=np.uint8)[None, :, None] * 4, (45, 60, 3)).copy()
+    pixels[:, :, 1] = 5 * np.arange(45)[:, None]  # green: from top to bottom
+    picture = Image.fromarray(pixels)
+    for label in ('dark', 'light'):
+        place = tmp_path / 'train' / label
+        place.mkdir(parents=True)
+        picture.save(place / 'picture.png')
+    cfg = dict(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation='bicubic',
+               crop_pct=0.8, crop_mode='center')
+    loader = make_batches(load_image_rows(open_split(SourceSettings(str(tmp_path)), 'train')),
+                          ImageSettings(batch_size=1, workers=1), cfg, Accelerator(cpu=True),
+                          AugmentationSettings(**augmentation) if augmentation else None)
+    return picture, next(iter(loader))[0][0], cfg
+
+
+def test_evaluated_images_are_cropped_and_normalised_as_the_network_says(tmp_path):
+    picture, x, cfg = ramp(tmp_path)
+    small = picture.resize((26, 20), Image.Resampling.BICUBIC)  # the shorter side is 16 / 0.8
+    pixels = np.asarray(small.crop((5, 2, 21, 18))).astype(np.float64) / 255
+    expected = (pixels - np.array(cfg['mean'])) / np.array(cfg['std'])
+    np.testing.assert_allclose(x.permute(1, 2, 0).double().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('hflip', [0., 1.])
+def test_trained_images_are_cropped_mirrored_and_jittered_as_the_flags_say(tmp_path, hflip):
+    _, x, cfg = ramp(tmp_path, hflip=hflip, color_jitter=0., scale=[0.9, 1.])
+    pixels = x * torch.tensor(cfg['std']).view(3, 1, 1) + torch.tensor(cfg['mean']).view(3, 1, 1)
+    red, green = 255 * pixels[0].mean(0), 255 * pixels[1].mean(1)
+    assert ((red[0] > red[-1]) if hflip else (red[0] < red[-1]))
+    assert green[0] < green[-1]
+    # nine tenths of the area, in proportions of 3:4 to 4:3, and the colours are the picture's
+    assert min(red.max() - red.min(), green.max() - green.min()) > 0.6 * 220
+    assert torch.allclose(255 * pixels[2], red.expand(16, 16), atol=2)
 
 
 def test_registered_weights_are_evaluated_at_their_test_size(folder, monkeypatch, capsys):
@@ -163,7 +192,7 @@ def test_registered_weights_are_evaluated_at_their_test_size(folder, monkeypatch
     model = timm.create_model('test_resnet', num_classes=2, pretrained_cfg_overlay=dict(test_input_size=(3, 48, 48)))
     sizes = set()
     model.register_forward_pre_hook(lambda module, args: sizes.add(args[0].shape[-1]))
-    monkeypatch.setattr(validate, 'load_model', lambda args, num_classes: model)  # test_resnet's weights are on the Hub
+    monkeypatch.setattr(validate, 'load_network', lambda *args: model)  # test_resnet's weights are on the Hub
     monkeypatch.setattr(sys, 'argv', ['validate.py', '--model', 'test_resnet', '--pretrained', '--data-dir', folder,
                                       '--split', 'validation', '--no-in-memory', '-j', '1'])
     validate.main()

@@ -1,0 +1,229 @@
+"""The bundled weights, their cards and the README say the same, and what they say is so."""
+import csv
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import safetensors
+import timm
+
+import publish
+from harness.card import architecture, full_name, make_card
+from publish import CARDS, PRETRAINED, TIMING, compare
+from support.commands import ROOT, bench, run_here
+from support.markdown import sections, snippets, tables
+from support.runs import made_up
+
+NAMES = sorted(path.name for path in CARDS.iterdir() if path.is_dir())
+CIFAR10 = ROOT.parent / 'shared' / 'data' / 'cifar10'
+each = pytest.mark.parametrize('name', NAMES)
+
+
+def results_of(name):
+    return json.loads((CARDS / name / 'results.json').read_text())
+
+
+def card_of(name):
+    return (CARDS / name / 'README.md').read_text()
+
+
+def test_every_bundled_file_has_a_card():
+    assert {f'sd_resnet{depth}_cifar.c10' for depth in (20, 56, 110)} <= set(NAMES)
+    assert sorted(path.stem for path in PRETRAINED.glob('*.safetensors')) == NAMES
+
+
+@each
+def test_card_is_what_its_results_make(name):
+    assert card_of(name) == make_card(results_of(name), compare(results_of(name)))
+
+
+@each
+def test_card_states_what_was_measured(name):
+    results, parts = results_of(name), sections(card_of(name))
+    (_, best, last), = tables(parts['Results'])
+    assert best[1:] == [f'{results["val_top1_err"]:.2f}', f'**{results["test_best"]["top1_err"]:.2f}**']
+    assert last[1:] == [f'{results["val_top1_err_last"]:.2f}', f'{results["test_last"]["top1_err"]:.2f}']
+    training = {row[0]: row[1] for row in tables(parts['Training'])[0]}
+    args = results['args']
+    assert training['p_L'].startswith(f'{1 - args["drop_path"]:g}, linear decay: ')
+    n = results['blocks']
+    assert f': {n - args["drop_path"] * (n + 1) / 2:.1f} of {n} blocks' in training['p_L']  # the sum of equation 4
+    assert training['learning rate'].startswith(f'{args["lr"]}, ')
+    assert training['epochs, batch'] == f'{results["epochs"]}, 128'
+    assert training['images'].startswith('45000 training, 5000 validation, 10000 test')
+    assert "**A short budget, not the paper's**" in parts['Training']
+    assert f'{results["epochs"]} epochs, where the paper trains 500' in parts['Training']
+
+
+@each
+def test_weights_name_the_run_that_made_them(name):
+    results = results_of(name)
+    with safetensors.safe_open(PRETRAINED / f'{name}.safetensors', 'pt') as file:
+        metadata = file.metadata()
+    for key in ('recipe', 'seed', 'epochs', 'dataset'):
+        assert metadata[key] == str(results[key])
+    assert json.loads(metadata['images']) == results['images']
+    assert float(metadata['test_top1_err']) == results['test_best']['top1_err']
+    rows = list(csv.DictReader((CARDS / name / 'summary.csv').read_text().splitlines()))
+    assert len(rows) == results['epochs']
+    best = max(rows, key=lambda row: float(row['eval_top1']))  # the first of the best, by validation alone
+    assert int(best['epoch']) == results['best_epoch']
+
+
+def test_readme_states_the_measured_errors():
+    rows = {row[0].strip('`'): row for table in tables((ROOT / 'README.md').read_text()) for row in table}
+    assert set(NAMES) <= set(rows)
+    for name in NAMES:
+        results = results_of(name)
+        assert rows[name][-1] == f'{results["test_best"]["top1_err"]:.2f}'
+        assert {f'{1 - results["drop_path_rate"]:g}', str(results['epochs'])} <= set(rows[name])
+
+
+@each
+def test_pretrained_loads_whatever_the_rate(name):
+    plain = timm.create_model(name, pretrained=True, drop_path_rate=0.).state_dict()
+    for kwargs in ({}, dict(drop_path_rate=0.2)):
+        state = timm.create_model(name, pretrained=True, **kwargs).state_dict()
+        assert all((state[key] == plain[key]).all() for key in plain)
+
+
+# --- what a card holds a run against
+
+
+@pytest.mark.parametrize(('scale', 'file'), [('train', 'throughput.json'), ('eval', 'throughput_eval.json')])
+def test_saving_is_that_of_the_scale(scale, file):
+    measured = json.loads((TIMING / file).read_text())
+    (row,) = [row for row in measured['rows'] if not row['loop'] and not row['compiled'] and
+              (row['mode'], row['drop_path'], row['schedule'], row['scale']) == ('batch', 0.5, 'linear', scale)]
+    saving = compare(made_up(drop_path_scale=scale)).saving
+    assert saving == dict(row, hardware=measured['hardware'])
+    card = make_card(made_up(drop_path_scale=scale), compare(made_up(drop_path_scale=scale)))
+    assert f'takes {row["ratio"]["median"]:.3f} (quartiles {row["ratio"]["q1"]:.3f} to ' in card
+
+
+@pytest.mark.parametrize('change', [dict(model='sd_resnet56_cifar'), dict(mode='subset'), dict(drop_path=0.2),
+                                    dict(schedule='uniform'), dict(scale='train'), dict(compiled=True),
+                                    dict(loop=True)], ids=str)
+def test_no_row_of_another_setting_is_taken_whatever_its_name(change, tmp_path, monkeypatch):
+    row = dict(model='sd_resnet110_cifar', name='batch, p_L 0.5', mode='batch', drop_path=0.5, schedule='linear',
+               scale='eval', compiled=False, loop=False, ratio=dict(median=0.8, q1=0.7, q3=0.9))
+    monkeypatch.setattr(publish, 'TIMING', tmp_path)
+    hardware = dict(device='an abacus', amp=False)
+    for file, rows in (('throughput.json', [dict(row, **change)]), ('throughput_b.json', [dict(row, name='by hand')])):
+        found = compare(made_up()).saving
+        assert found is None
+        (tmp_path / file).write_text(json.dumps(dict(rows=rows, hardware=hardware)))
+    assert compare(made_up()).saving == dict(row, name='by hand', hardware=hardware)
+
+
+def test_what_was_not_measured_is_said_so():
+    results = made_up()
+    results['drop_path_rate'] = 0.123
+    assert compare(results).saving is None
+    assert '| saving | not measured at this p_L |' in make_card(results, compare(results))
+
+
+@pytest.mark.parametrize(('model', 'dataset', 'errors'), [
+    ('sd_resnet110_cifar.c10', 'uoft-cs/cifar10', ['5.25 at p_L = 0.5', '6.41 at constant depth', 'Table 1']),
+    ('sd_resnet110_cifar.c100', 'uoft-cs/cifar100', ['24.98 at p_L = 0.5', '27.76 at constant depth', 'Table 1']),
+    ('sd_resnet152_cifar.svhn', 'ufldl-stanford/svhn', ['1.75 at p_L = 0.5', '1.80 at constant depth', 'Table 1']),
+    ('sd_resnet1202_cifar.c10', 'uoft-cs/cifar10', ['4.91 at p_L = 0.5', '6.67 at constant depth', 'section 4']),
+    ('sd_resnet20_cifar.c10', 'uoft-cs/cifar10', ['7.60 at p_L = 0.9', '8.31 at constant depth', 'Fig. 8']),
+    ('sd_resnet20_cifar.c10', 'my/pictures', None), ('sd_resnet44_cifar.c10', 'uoft-cs/cifar10', None),
+    ('sd_resnet18', 'ILSVRC/imagenet-1k', None),
+])
+def test_the_papers_error_of_the_same_network_and_data(model, dataset, errors):
+    found = compare(made_up(model=model, dataset=dataset)).paper_error
+    assert (found is None) == (errors is None)
+    assert all(words in found for words in errors or ())
+
+
+@pytest.mark.parametrize(('epochs', 'words'), [
+    (8, ["**A short budget, not the paper's**: 8 epochs, where the paper trains 500"]),
+    (500, ["The paper's full length, 500 epochs"])])
+def test_a_short_budget_is_said_to_be_one(epochs, words):
+    results = made_up(epochs=epochs)
+    card = make_card(results, compare(results))
+    assert all(word in card for word in words)
+
+
+def test_weights_of_other_data_get_a_tag_of_their_own():
+    assert full_name(made_up()) == 'sd_resnet110_cifar.c10'
+    assert full_name(made_up(dataset='uoft-cs/cifar10@main')) == 'sd_resnet110_cifar.c10'
+    assert full_name(made_up(dataset='my/Pictures')) == 'sd_resnet110_cifar.sd_pictures'
+    assert architecture('sd_resnet18.a1_in1k') == 'resnet18'  # which plain timm has
+    assert architecture('sd_resnet20_cifar.c10') == 'sd_resnet20_cifar'
+
+
+def test_nothing_was_selected_where_the_test_images_are_the_validation_images():
+    results = made_up()
+    card = make_card(results, compare(results))
+    assert 'the test images were not used for\nany choice' in card
+    results['args'].update(val_split='test', test_split='test')
+    card = make_card(results, compare(results))
+    assert 'The last epoch counts' in card
+    assert 'not used for\nany choice' not in card
+
+
+# --- snippets
+
+
+def shapes(value):
+    return [tuple(entry.shape) for entry in (value if isinstance(value, list) else [value])]
+
+
+@each
+def test_snippets_of_the_card_run_and_give_the_shapes_they_say(name):
+    found = snippets(card_of(name))
+    assert len(found) == 4
+    for snippet in found:
+        names = {}
+        exec(snippet, names)
+        said = re.search(r'^(\w+) = .*# (\(.*)$', snippet, re.MULTILINE)
+        if said:
+            assert shapes(names[said[1]]) == [tuple(map(int, shape.split(', ')))
+                                              for shape in re.findall(r'\(([\d, ]+)\)', said[2])]
+    assert sum('  # (' in snippet for snippet in found) == 3
+
+
+def test_snippets_of_the_readme_run():
+    found = snippets((ROOT / 'README.md').read_text())
+    assert found
+    for snippet in found:
+        exec(snippet, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', [CARDS / NAMES[-1] / 'README.md', ROOT / 'README.md'],
+                         ids=lambda path: path.parent.name)
+def test_each_snippet_runs_by_itself(path):
+    found = snippets(path.read_text())
+    assert found
+    for snippet in found:
+        assert 'import timm_sd' in snippet
+        subprocess.run([sys.executable, '-c', snippet], check=True)
+
+
+# --- in processes of their own
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_weights(tmp_path):
+    pip = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)]
+    subprocess.run(pip, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+        assert {f'timm_sd/pretrained/{name}.safetensors' for name in NAMES} <= set(wheel.namelist())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10.exists(), reason='needs ../shared/data/cifar10')
+@each
+def test_validate_reproduces_the_cards_error(name):
+    run = bench if '20' in name else run_here
+    result = run('validate.py', '--model', name, '--pretrained', '--data-dir', CIFAR10)
+    assert result.returncode == 0, result.stderr
+    # other processors round differently: one image of 10,000 may fall on the other side
+    assert json.loads(result.stdout)['top1_err'] == pytest.approx(results_of(name)['test_best']['top1_err'], abs=0.021)

@@ -1,0 +1,118 @@
+"""Command lines: a mistake is one line and status 2, and every flag is a field of one settings class."""
+import dataclasses
+
+import pytest
+
+from harness.cli import run_script
+from harness.errors import RankError, UserError
+from harness.network import NetworkSettings
+from harness.recipes import command_line, group_flags, parse_train_flags, read_recipe
+from support.commands import refused, run_here
+
+# Each flag of train.py with a value that is neither its default nor that of the recipe.
+VALUES = dict(
+    config='cifar10', dataset='some/data', dataset_config='plain', data_dir='folder', streaming=True,
+    input_key='picture', target_key='kind', train_split='train+extra', val_split='dev', test_split='held',
+    val_per_class=[3, 4], num_classes=7, img_size=24, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], batch_size=5,
+    in_memory=False, workers=3, model='sd_resnet20_cifar', pretrained=True, model_kwargs=dict(a=1, b=[2], c='x'),
+    amp=True, channels_last=False, drop_path=0.25, drop_path_schedule='uniform', drop_path_mode='sample',
+    drop_path_scale='train', grad_checkpointing=True, compile='model', torchcompile_mode='default', opt='adam', lr=0.3,
+    momentum=0.8, weight_decay=0.01, filter_bias_and_bn=True, epochs=9, sched='cosine', sched_on_updates=True,
+    decay_milestones=[2, 3, 4], decay_rate=0.5, min_lr=0.01, warmup_epochs=2, warmup_lr=0.02, warmup_constant=True,
+    crop_padding=1, hflip=0.25, scale=[0.5, 0.75], color_jitter=0.1, aa='rand-m9', seed=11, grad_accum_steps=2,
+    smoothing=0.1, eval_interval=6, log_gradients=True, log_interval=13, checkpoint_hist=4, output='elsewhere',
+    experiment='name', resume='auto', require_processes=2, threads=8)
+
+
+def parts(args):
+    """The settings of each part of train.py."""
+    flags = group_flags(args)
+    assert flags.record == vars(args)
+    return [value for name, value in vars(flags).items() if name != 'record']
+
+
+def test_every_flag_comes_back_in_one_settings_class_as_it_was_said():
+    args = parse_train_flags(command_line(VALUES))
+    assert vars(args) == VALUES
+    assert {key: type(value) for key, value in vars(args).items()} == {
+        key: type(value) for key, value in VALUES.items()}
+    found = [pair for part in parts(args) for pair in dataclasses.asdict(part).items()]
+    assert sorted(key for key, _ in found) == sorted(VALUES)  # none twice
+    assert dict(found) == VALUES
+
+
+def test_what_nobody_says_is_the_default_of_its_class():
+    args, recipe = parse_train_flags(['-c', 'cifar10']), read_recipe('cifar10')
+    assert all(vars(args)[name] != value for name, value in VALUES.items() if name != 'config')
+    defaults = {name: value for part in parts(args) for name, value in dataclasses.asdict(type(part)()).items()}
+    assert vars(args) == dict(defaults, **recipe, config='cifar10')
+    assert NetworkSettings().model_kwargs is not NetworkSettings().model_kwargs  # a default isn't shared
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--model', 'sd_resnet111_cifar'], ['sd_resnet111_cifar', 'sd_resnet110_cifar']),
+    (['-c', 'cifar11'], ['cifar11', 'cifar10']),
+    (['--dataset', './nowhere'], ['./nowhere', 'does not exist']),
+    (['--drop-path', '1.0'], ['1.0', '[0, 1)']),
+    (['--drop-path', '-0.1'], ['-0.1', '[0, 1)']),
+    (['--img-sise', '16'], ['--img-sise']),
+    (['--epochs', '0'], ['--epochs', '0']),
+    (['--epochs', '1.5'], ['--epochs', '1.5']),
+    (['--hflip', '1.5'], ['--hflip', '1.5', '[0, 1]']),
+    (['--model-kwargs', 'foo'], ['--model-kwargs', 'foo', 'key=value']),
+    (['--sched', 'plateau'], ['--sched', 'plateau', 'multistep']),
+    (['--require-processes', '2'], ['--require-processes is 2', '1 process', 'README']),
+])
+def test_mistakes_in_flags_get_one_line_and_status_2(tmp_path, args, words):
+    said = refused('train.py', '--output', tmp_path / 'output', *args)
+    assert all(word in said for word in words)
+    assert not (tmp_path / 'output').exists()
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--num-classes', '7'], ['--num-classes', '7', '4']),
+    (['--opt', 'foo'], ['--opt', 'foo']),
+    (['--mean', '0.5'], ['--mean', '0.5']),
+    (['--std', '0.5', '0.5', '0'], ['--std', 'above 0']),
+    (['--model-kwargs', 'foo=1'], ['sd_resnet20_cifar', 'foo']),
+    (['--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),
+    (['--pretrained', '--model', 'sd_resnet20_cifar.svhn'], ['sd_resnet20_cifar.svhn']),
+    (['--pretrained', '--model', 'sd_resnet20_cifar.c11'], ['c11']),
+    (['--resume', './nowhere'], ['./nowhere', 'args.yaml']),
+    (['--val-per-class', '1000'], ['--val-per-class', '1000']),
+    (['--val-per-class', '1', '2'], ['--val-per-class', 'wants 1']),
+    (['--test-split', 'dev'], ['dev', 'train, test']),
+    (['--model', 'resnet10t', '--drop-path', '0', '--compile', 'blocks'], ['resnet10t', 'compile the whole model']),
+    (['--compile', 'blocks', '--torchcompile-mode', 'fast'], ['fast', 'reduce-overhead']),
+])
+def test_mistakes_that_data_or_network_show_get_one_line_and_status_2(toy, tmp_path, args, words):
+    said = refused('train.py', *toy, '--output', tmp_path / 'output', *args)
+    assert all(word in said for word in words)
+    assert not (tmp_path / 'output').exists()
+
+
+def test_images_of_another_size_need_img_size(toy, tmp_path):
+    at = toy.index('--img-size')
+    said = refused('train.py', *toy[:at], *toy[at + 2:], '-c', 'cifar10', '--output', tmp_path / 'output')
+    assert '8x8 px' in said
+    assert '--img-size 32' in said
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(toy, tmp_path):
+    result = run_here('train.py', *toy, '--epochs', '1', '--sched', 'constant', '--warmup-epochs', '0', '--lr', '1e30',
+                      '--output', tmp_path, '--experiment', 'a')
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith('train.py: error: the loss of epoch 1 is ')
+    assert '--lr 1e+30' in last
+    assert not list(tmp_path.rglob('checkpoint-*'))
+
+
+def test_every_rank_says_what_it_may_meet_alone(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for kind, lines in ((RankError, 1), (UserError, 0)):
+        def main(kind=kind):
+            raise kind('bad.png is damaged')
+        with pytest.raises(SystemExit, match='2'):
+            run_script(main)
+        assert capsys.readouterr().err.count('bad.png is damaged\n') == lines

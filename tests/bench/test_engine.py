@@ -1,0 +1,90 @@
+"""Steps, epochs and evaluation on one process against loops written out; the share of a rank too."""
+import copy
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from harness.data.in_memory import ImageSet, MemoryBatches
+from harness.engine import TrainStep, autocast, default_amp, evaluate
+from support.updates import check_updates
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize('grad_accum_steps', [1, 2, 3])
+def test_an_epoch_is_that_of_a_plain_loop(grad_accum_steps):
+    check_updates(Accelerator(cpu=True), grad_accum_steps)
+
+
+@pytest.mark.parametrize('smoothing', [0., 0.1])
+def test_ranks_together_make_the_gradient_of_the_mean_over_all_images(smoothing):
+    """DDP averages the gradients of two ranks; here by hand, of an update of two batches whose shares differ."""
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+    batches = [(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])), (torch.randn(3, 4), torch.tensor([2, 2, 0]))]
+    gradients, loss_sum = [], 0.
+    for rank in range(2):
+        synced = []
+        ours = copy.deepcopy(network)
+        accelerator = SimpleNamespace(num_processes=2, backward=torch.Tensor.backward,
+                                      no_sync=lambda model, synced=synced: synced.append('no') or nullcontext())
+        step = TrainStep(ours, torch.optim.SGD(ours.parameters(), 0.1), accelerator, autocast(CPU, False), smoothing)
+        for number, (x, target) in enumerate(batches):
+            loss_sum += step.backward(x[rank::2], target[rank::2], images=9, is_update=number == 1).item()
+        assert synced == ['no']  # in the first batch alone
+        gradients.append([param.grad for param in ours.parameters()])
+    losses = []
+    for x, target in batches:
+        for image, label in zip(x, target.tolist(), strict=True):
+            logs = network(image).log_softmax(0)
+            # smoothed labels: 1 - s on the label, s spread over all three classes
+            losses.append(-sum((smoothing / 3 + (1 - smoothing) * (label == k)) * logs[k] for k in range(3)))
+    mean = torch.stack(losses).mean()
+    for ours, expected in zip(zip(*gradients, strict=True), torch.autograd.grad(mean, network.parameters()),
+                              strict=True):
+        torch.testing.assert_close(sum(ours) / 2, expected)
+    assert loss_sum == pytest.approx(9 * mean.item(), rel=1e-5)
+
+
+def test_an_update_moves_the_parameters_and_clears_the_gradient():
+    network = nn.Linear(1, 1, bias=False)
+    before = network.weight.item()
+    network.weight.grad = torch.full((1, 1), 2.)
+    optimizer = torch.optim.SGD(network.parameters(), 0.25)
+    TrainStep(network, optimizer, Accelerator(cpu=True), autocast(CPU, False)).update()
+    assert network.weight.item() == pytest.approx(before - 0.5)
+    assert network.weight.grad is None
+
+
+def test_evaluation_counts_as_a_loop_over_the_images_and_changes_nothing():
+    """23 images in batches of 5, the last one of 3, seven classes."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(7)).train()
+    data = ImageSet(torch.randint(256, (23, 3, 6, 6), dtype=torch.uint8), torch.randint(7, (23,)), list('abcdefg'))
+    network(torch.randn(16, 3, 6, 6))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    found = evaluate(network, MemoryBatches(data, 5, (0.5,) * 3, (0.25,) * 3), Accelerator(cpu=True),
+                     autocast(CPU, False))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert not network.training
+    loss, top1, top5 = 0., 0, 0
+    for image, label in zip(data.images, data.labels.tolist(), strict=True):
+        logits = network(((image / 255 - 0.5) / 0.25)[None])[0].tolist()
+        loss += math.log(sum(map(math.exp, logits))) - logits[label]
+        better = sum(logit > logits[label] for logit in logits)
+        top1, top5 = top1 + (better < 1), top5 + (better < 5)
+    assert found == pytest.approx(dict(loss=loss / 23, top1=100 * top1 / 23, top5=100 * top5 / 23), rel=1e-5)
+    assert 0 < found['top1'] < found['top5'] < 100
+
+
+@pytest.mark.parametrize(('bf16', 'amx'), [(False, False), (True, False), (False, True)])
+def test_bf16_is_the_default_where_it_is_faster(monkeypatch, bf16, amx):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    assert default_amp('cpu') == (bf16 or amx)
+    assert default_amp('cuda') is True

@@ -1,0 +1,257 @@
+"""bench/publish.py: what it puts on the Hub loads back, and what it refuses."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import publish
+from harness.run_folder import RunFolder
+from support.commands import bench, refused, run_here, weights
+from support.hub_server import Hub
+
+FILES = {'model.safetensors', 'config.json', 'README.md', 'results.json', 'summary.csv', 'curves.png', 'gates.png'}
+TRAIN = ['--epochs', '1', '--threads', '1', '--no-amp', '--experiment', 'a', '--output']
+
+
+def change(folder, **results):
+    """Says something else in a results.json; `args` are added to its flags."""
+    run = RunFolder(folder)
+    old = run.read_results()
+    run.write_results(dict(old, **{**results, 'args': dict(old['args'], **results.get('args', {}))}))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A finished run as train.py leaves it, that says it was trained on CIFAR-10; it was, in fact, on digits."""
+    output = tmp_path_factory.mktemp('output')
+    result = run_here('train.py', '--model', 'sd_resnet20_cifar', '--img-size', '8', *TRAIN, output)
+    assert result.returncode == 0, result.stderr
+    change(output / 'a', dataset='uoft-cs/cifar10')
+    return output / 'a'
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / 'run')
+
+
+@pytest.fixture
+def signed_in(monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', Hub.TOKEN)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """What is loaded in a test is kept for this test alone."""
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+
+
+def to_hub(folder, *args):
+    result = run_here('publish.py', folder, *args)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def head(repo, branch='main'):
+    return repo.commits[repo.branches[branch]]
+
+
+def assert_loads(name, folder):
+    state = timm.create_model(name, pretrained=True).state_dict()
+    saved = weights(folder)
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], state[key]) for key in saved)
+
+
+def snippets_of(card):
+    return re.findall(r'```python\n(.*?)```', card, re.DOTALL)
+
+
+# --- onto the Hub, and back
+
+
+def test_a_repository_holds_the_run_and_nothing_else(hub, signed_in, run_folder):
+    result = to_hub(run_folder, '--repo', 'our/sd_resnet20_cifar.c100')
+    repo = hub.repos['models', 'our/sd_resnet20_cifar.c100']
+    files = head(repo)
+    assert set(files) - {'.gitattributes'} == FILES
+    for name in ('model.safetensors', 'summary.csv', 'curves.png'):
+        assert files[name] == (run_folder / name).read_bytes()
+    assert not repo.private
+    assert f'hf_hub_id: our/sd_resnet20_cifar.c100@{repo.branches["main"]}' in result.stdout
+    assert Hub.TOKEN not in result.stdout + result.stderr
+    assert 'model.safetensors: 100%' in result.stderr  # the progress bar
+    config = json.loads(files['config.json'])
+    assert config['architecture'] == 'sd_resnet20_cifar'
+    assert config['label_names'] == [str(n) for n in range(10)]
+    assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == ('c10', 'apache-2.0')
+    assert config['pretrained_cfg']['input_size'] == [3, 8, 8]
+
+
+def test_no_path_of_this_machine_is_published(hub, signed_in, run_folder):
+    change(run_folder, args=dict(data_dir='/home/me/data', output='/home/me/output', resume='/home/me/output/a'))
+    to_hub(run_folder, '--repo', 'our/sd')
+    files = head(hub.repos['models', 'our/sd'])
+    assert not [name for name, content in files.items() if b'/home/me' in content]
+    assert json.loads(files['results.json'])['args']['output'] is None
+
+
+def test_publishing_again_changes_nothing(hub, signed_in, run_folder):
+    to_hub(run_folder, '--repo', 'our/sd')
+    repo = hub.repos['models', 'our/sd']
+    oid, commits = repo.branches['main'], len(repo.commits)
+    again = to_hub(run_folder, '--repo', 'our/sd')
+    assert (repo.branches['main'], len(repo.commits)) == (oid, commits)
+    assert oid in again.stdout
+
+
+def test_the_printed_names_load_what_was_trained(hub, signed_in, run_folder):
+    printed = to_hub(run_folder, '--repo', 'our/sd').stdout
+    assert_loads(re.search(r"'(hf-hub:.*?)'", printed)[1], run_folder)
+    assert_loads('hf-hub:' + re.search(r'hf_hub_id: (\S+)', printed)[1], run_folder)
+
+
+def test_the_snippets_of_a_published_card_load_from_its_repository(hub, signed_in, run_folder):
+    to_hub(run_folder, '--repo', 'our/sd')
+    snippets = snippets_of(head(hub.repos['models', 'our/sd'])['README.md'].decode())
+    assert len(snippets) == 4
+    for snippet in snippets:
+        assert 'hf-hub:our/sd' in snippet
+        names = {}
+        exec(snippet, names)
+        saved, state = weights(run_folder), names['model'].state_dict()
+        assert len(state) >= len(saved) - 2  # feature maps and embeddings take no classifier
+        assert all(torch.equal(saved[key.removeprefix('model.')], tensor) for key, tensor in state.items())
+
+
+def test_a_dry_run_writes_what_would_be_published(hub, run_folder):
+    to_hub(run_folder, '--repo', 'our/sd', '--dry-run')
+    assert {path.name for path in (run_folder / 'hub').iterdir()} == FILES
+    assert_loads(f'local-dir:{run_folder / "hub"}', run_folder)
+    assert hub.requests == []
+
+
+def test_a_branch_of_a_private_repository(hub, signed_in, run_folder, monkeypatch):
+    result = to_hub(run_folder, '--repo', 'our/new', '--private', '--revision', 'half')
+    assert "'hf-hub:our/new@half'" in result.stdout
+    repo = hub.repos['models', 'our/new']
+    assert 'model.safetensors' in head(repo, 'half')
+    assert 'model.safetensors' not in head(repo)
+    assert repo.private
+    assert_loads('hf-hub:our/new@half', run_folder)
+    monkeypatch.delenv('HF_TOKEN')
+    shutil.rmtree(run_folder.parent / 'cache')
+    with pytest.raises(Exception, match='our/new'):
+        timm.create_model('hf-hub:our/new@half', pretrained=True)
+
+
+def test_a_pull_request_leaves_the_branch_alone(hub, signed_in, run_folder):
+    before = hub.repo('our/new').commit({'README.md': b'theirs'})
+    result = to_hub(run_folder, '--repo', 'our/new', '--create-pr')
+    repo = hub.repos['models', 'our/new']
+    assert 'model.safetensors' in head(repo, 'refs/pr/1')
+    assert repo.branches['main'] == before
+    assert repo.branches['refs/pr/1'] in result.stdout
+
+
+def as_sd_resnet18(folder):
+    """Makes the run one of timm's own network, with another pooling."""
+    model = timm.create_model('resnet18', num_classes=10, global_pool='max')
+    safetensors.torch.save_file(model.state_dict(), folder / 'model.safetensors')
+    change(folder, model='sd_resnet18', dataset='digits', blocks=8, expected_depth=6., drop_path_rate=0.5,
+           args=dict(img_size=32, model_kwargs=dict(global_pool='max')))
+
+
+def test_timms_own_architecture_is_published_as_timms(hub, signed_in, run_folder):
+    as_sd_resnet18(run_folder)
+    to_hub(run_folder, '--repo', 'our/sd18')
+    files = head(hub.repos['models', 'our/sd18'])
+    assert 'model-index' in files['README.md'].decode()
+    config = json.loads(files['config.json'])
+    assert (config['architecture'], config['num_classes'], config['pretrained_cfg']['tag']) == (
+        'resnet18', 10, 'sd_digits')
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    model = timm.create_model('hf-hub:our/sd18', pretrained=True)
+    assert (type(model).__module__, model.num_classes, model.global_pool.pool_type) == ('timm.models.resnet', 10, 'max')
+    assert_loads('hf-hub:our/sd18', run_folder)
+
+
+# --- into the package
+
+
+def test_a_bundled_run_is_weights_in_the_package_and_a_card(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, 'CARDS', tmp_path / 'cards')
+    monkeypatch.setattr(publish, 'PRETRAINED', tmp_path)
+    result = to_hub(run_folder, '--bundle')
+    name = 'sd_resnet20_cifar.c10'
+    assert result.stdout.startswith(f'bundled {name}: ')
+    assert (tmp_path / f'{name}.safetensors').read_bytes() == (run_folder / 'model.safetensors').read_bytes()
+    assert {path.name for path in (tmp_path / 'cards' / name).iterdir()} == FILES - {'model.safetensors', 'config.json'}
+    assert f"timm.create_model('{name}', pretrained=True)" in (tmp_path / 'cards' / name / 'README.md').read_text()
+
+
+# --- what is refused
+
+
+def test_without_a_token_nothing_is_published(hub, run_folder):
+    said = refused('publish.py', run_folder, '--repo', 'our/new')
+    assert re.fullmatch(r'publish.py: error: --repo our/new can not be published: .*HF_TOKEN\n', said)
+    assert not hub.repos
+
+
+def test_the_package_holds_no_other_tag(run_folder):
+    as_sd_resnet18(run_folder)
+    assert 'sd_resnet18.sd_digits' in refused('publish.py', run_folder, '--bundle')
+
+
+@pytest.mark.parametrize(('changed', 'words'), [
+    (dict(args=dict(drop_path_mode='sample')), 'was not trained with whole blocks dropped'),
+    (dict(blocks=None), 'was not trained with whole blocks dropped'),
+    (None, 'is no finished run'),
+])
+def test_runs_that_are_not_published(hub, signed_in, run_folder, changed, words):
+    if changed is None:
+        (run_folder / 'results.json').unlink()
+    else:
+        change(run_folder, **changed)
+    assert words in refused('publish.py', run_folder, '--repo', 'our/new')
+    assert not hub.repos
+
+
+def test_where_to_is_asked_for(run_folder):
+    assert '--repo is not given' in refused('publish.py', run_folder)
+
+
+# --- in processes of their own
+
+
+@pytest.mark.slow
+def test_a_silent_hub_is_given_up(hub, signed_in, run_folder):
+    hub.fault = 'silent'
+    result = bench('publish.py', run_folder, '--repo', 'our/new', timeout=50)  # it would be silent for 60 s
+    assert result.returncode == 2
+    assert 'our/new can not be published' in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_plain_timm_loads_what_was_trained_with_the_plugin(hub, signed_in, tmp_path):
+    result = run_here('train.py', '--model', 'sd_resnet18', '--model-kwargs', 'global_pool=max', '--img-size', '32',
+                      *TRAIN, tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = bench('publish.py', tmp_path / 'a', '--repo', 'our/trained18')
+    assert result.returncode == 0, result.stderr
+    code = f"""
+import sys, timm, torch, safetensors.torch
+model = timm.create_model('hf-hub:our/trained18', pretrained=True)
+saved = safetensors.torch.load_file({str(tmp_path / 'a' / 'model.safetensors')!r})
+assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+print(type(model).__module__, model.num_classes, model.global_pool.pool_type, 'timm_sd' in sys.modules)
+"""
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert loaded.stdout == 'timm.models.resnet 10 max False\n', loaded.stderr

@@ -1,0 +1,277 @@
+"""The reproduction report: which runs it takes, and that its cells are what these runs say."""
+import json
+import shutil
+
+import pytest
+
+import paper.figures
+from paper import numbers
+from paper.experiments import TABLE1, Experiment
+from paper.report import Found, Report, gradient_phases, machine, machines, time_ratio
+from support.commands import BENCH, refused, run_here
+from support.markdown import pictures, sections, tables
+from support.runs import keep, kept_runs, made_up
+
+# What the folder of 110 layers, p_L = 0.5, in eight epochs is called.
+NAME = 'cifar10-110-0.5-linear-short-0'
+EPOCHS = {'full': 500, 'medium': 16, 'short': 8}
+
+
+# --- the committed report
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+    """A copy of bench/results, whose report was removed and is written again."""
+    folder = shutil.copytree(BENCH / 'results', tmp_path_factory.mktemp('report') / 'results')
+    for path in (folder / 'reproduction').iterdir():
+        if path.name != 'notes.md':
+            path.unlink()
+    result = run_here('reproduce.py', 'report', '--results', folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f'{folder / "reproduction" / "REPRODUCTION.md"}\n'
+    return folder / 'reproduction'
+
+
+@pytest.fixture(scope='module')
+def parts(written):
+    return sections((written / 'REPRODUCTION.md').read_text())
+
+
+def error(dataset='uoft-cs/cifar10', **flags):
+    """The test error of the one kept run with these flags, read without the report's code; '' if there is none."""
+    wanted = {**dict(config='cifar10', drop_path_schedule='linear', drop_path_scale='eval', lr=0.1, crop_padding=4),
+              **flags}
+    modes = (None, 'batch') if wanted.get('drop_path_mode', 'batch') == 'batch' else (wanted['drop_path_mode'],)
+    wanted.pop('drop_path_mode', None)
+    found = [f'{results["test_best"]["top1_err"]:.2f}' for results in kept_runs().values()
+             if results['dataset'] == dataset and results['args']['drop_path_mode'] in modes
+             and all(results['args'][key] == value for key, value in wanted.items())]
+    assert len(found) < 2
+    return found[0] if found else ''
+
+
+def test_the_committed_report_is_what_the_kept_runs_make(written):
+    committed = BENCH / 'results' / 'reproduction'
+    assert (written / 'REPRODUCTION.md').read_bytes() == (committed / 'REPRODUCTION.md').read_bytes()
+    assert {path.name for path in written.iterdir()} == {path.name for path in committed.iterdir()}
+
+
+def test_every_picture_of_the_report_is_drawn(written):
+    shown = pictures((written / 'REPRODUCTION.md').read_text())
+    assert len(shown) == len(set(shown)) == 8
+    assert all((written / name).read_bytes().startswith(b'\x89PNG') for name in shown)
+    assert all((written / name).stat().st_size > 10_000 for name in shown)
+
+
+def test_table_1_has_the_errors_of_the_kept_runs(parts):
+    (_, *rows), = tables(parts['Table 1: test error'])
+    assert len(rows) == 7
+    for row, (data, budget) in zip(rows, [('cifar10', 'medium'), ('cifar10', 'short'), ('cifar100', 'medium')],
+                                   strict=False):
+        tag = dict(cifar10='c10', cifar100='c100')[data]
+        assert row[3:5] == [error(f'uoft-cs/{data}', config=data, model=f'sd_resnet110_cifar.{tag}', drop_path=rate,
+                                  epochs=EPOCHS[budget]) for rate in (0., 0.5)]
+        assert all(row[3:5])
+        assert row[5:8] == [str(EPOCHS[budget]), budget, '1 and 1']
+    assert all(row[3:] == [''] * 6 for row in rows[3:])
+
+
+def test_figure_8_has_the_errors_of_the_kept_runs(parts):
+    for budget, table in zip(('medium', 'short'), tables(parts['Figure 8, right: depth and p_L on CIFAR-10+, '
+                                                               'linear decay']), strict=True):
+        depths = [int(cell.split()[0]) for cell in table[0][1:]]
+        assert depths == [20, 38, 56, 74, 92, 110]
+        for p_last, *cells in table[1:]:
+            ours = [cell.partition(' / ')[2] or cell.partition(' /')[2] for cell in cells]
+            assert ours == [error(model=f'sd_resnet{depth}_cifar.c10', drop_path=round(1 - float(p_last), 1),
+                                  epochs=EPOCHS[budget]) for depth in depths]
+    left = tables(parts['Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+'])
+    for budget, table in zip(('medium', 'short'), left, strict=True):
+        assert [row[0] for row in table[1:]] == [
+            'paper, linear', f'{budget}, {EPOCHS[budget]} epochs, linear',
+            'paper, uniform', f'{budget}, {EPOCHS[budget]} epochs, uniform']
+        for row, schedule in ((table[2], 'linear'), (table[4], 'uniform')):
+            for p_last, cell in zip(table[0][1:], row[1:], strict=True):
+                # at p_L = 1 the schedule decides nothing
+                assert cell == error(model='sd_resnet110_cifar.c10', drop_path=round(1 - float(p_last), 1),
+                                     drop_path_schedule=schedule if p_last != '1' else 'linear', epochs=EPOCHS[budget])
+
+
+def test_the_ways_of_dropping_have_the_errors_of_the_kept_runs(parts):
+    errors, times = tables(parts['Beyond the paper: what is dropped'])
+    assert len(errors) == 1 + 2 * 8
+    for what, scale, rate, cell, _, budget, seeds, _ in errors[1:]:
+        flags = dict(model='sd_resnet110_cifar.c10', epochs=EPOCHS[budget], lr=float(rate))
+        if what == 'nothing':
+            assert scale == ''
+            assert cell == error(**flags, drop_path=0.)
+        else:
+            assert cell == error(**flags, drop_path=0.5, drop_path_scale=scale, drop_path_mode=what)
+        assert seeds == ('1' if cell else '')
+    for device, *cells in times[1:]:
+        amp = 'bf16' in device
+        rows = [(row['mode'], row['ratio']) for path in (BENCH / 'results' / 'timing').glob('throughput_modes*.json')
+                if (measured := json.loads(path.read_text()))['hardware']['amp'] == amp
+                and device.startswith(measured['hardware']['device']) for row in measured['rows'] if not row['loop']]
+        ratios = {mode: f'{ratio["median"]:.2f} ({ratio["q1"]:.2f} to {ratio["q3"]:.2f})' for mode, ratio in rows}
+        assert dict(zip(times[0][1:], cells, strict=True)) == {
+            mode: ratios.get(mode, '') for mode in ('batch', 'sample', 'subset')}
+
+
+def test_no_kept_run_of_the_paper_is_left_out(parts):
+    cells = [cell for text in parts.values() for table in tables(text) for row in table for cell in row]
+    cells += [cell.partition(' / ')[2] for cell in cells]
+    for name, results in kept_runs().items():
+        is_shown = f'{results["test_best"]["top1_err"]:.2f}' in cells
+        assert is_shown == (name not in ('cifar10_1202_part', 'imagenette', 'svhn_generated')), name
+
+
+# --- which runs are taken
+
+
+@pytest.mark.parametrize('change', [
+    dict(epochs=9), dict(lr=0.05), dict(dataset='generated'), dict(drop_path=0.4), dict(drop_path_mode='subset'),
+    dict(drop_path_scale='train'), dict(hflip=0.)], ids=str)
+def test_a_run_of_another_setting_is_not_taken_whatever_its_folder_is_called(tmp_path, change):
+    keep(tmp_path, NAME, made_up(1., **change))
+    assert Report(tmp_path).find(Experiment(), 'short').results == []
+    keep(tmp_path, 'by-hand', made_up(2.))
+    assert Report(tmp_path).find(Experiment(), 'short').errors == [2.]
+
+
+def test_two_runs_of_the_same_seed_are_refused(tmp_path):
+    for name in ('a', 'b'):
+        keep(tmp_path, name, made_up())
+    said = refused('reproduce.py', 'report', '--results', tmp_path)
+    assert f'{tmp_path / "runs" / "b"} is a second run of the same flags and seed' in said
+
+
+SETTINGS = {
+    'cifar10': ('uoft-cs/cifar10', dict()),
+    'cifar100': ('uoft-cs/cifar100', dict(config='cifar100', model='sd_resnet110_cifar.c100')),
+    'svhn': ('ufldl-stanford/svhn', dict(config='svhn', model='sd_resnet152_cifar.svhn', epochs=4,
+                                         decay_milestones=[3, 4], crop_padding=0, hflip=0.)),
+    'cifar10_unaugmented': ('uoft-cs/cifar10', dict(crop_padding=0, hflip=0.)),
+}
+
+
+@pytest.mark.parametrize('data', SETTINGS)
+def test_several_seeds_are_a_mean_with_its_standard_deviation(tmp_path, data):
+    dataset, flags = SETTINGS[data]
+    for seed, (constant, stochastic) in enumerate([(5., 8.), (6., 8.5), (7.5, 8.25)]):
+        keep(tmp_path, f'a{seed}', made_up(constant, seed, dataset=dataset, drop_path=0., **flags))
+        keep(tmp_path, f'b{seed}', made_up(stochastic, seed, dataset=dataset, **flags))
+    (_, row), = tables(Report(tmp_path).pairs('', {data: TABLE1[data]}, numbers.TABLE1))
+    # deviations of 7/6, 1/6 and 4/3 from the mean; of 1/4, 1/4 and none
+    assert row[3:5] == ['6.17 ± 1.26 (3)', '8.25 ± 0.25 (3)']
+    assert row[7] == '3 and 3'
+    assert [float(cell) for cell in row[1:3]] == list(numbers.TABLE1[data])
+
+
+def test_without_runs_the_paper_stands_alone(tmp_path):
+    text = Report(tmp_path).write().read_text()
+    assert pictures(text) == []
+    (_, *rows), = tables(sections(text)['Table 1: test error'])
+    assert [[float(cell) for cell in row[1:3]] for row in rows] == [
+        [6.41, 5.25], [27.76, 24.98], [1.80, 1.75], [21.78, 21.98], [13.63, 11.66], [44.74, 37.80]]
+    assert all(row[3:] == [''] * 6 for row in rows)
+
+
+# --- times
+
+
+def test_times_are_compared_on_one_machine_alone():
+    hardware = dict(device='an abacus', processes=1, threads=2)
+    here, there = (Found([dict(epoch_seconds=2., hardware=dict(hardware, amp=amp))], []) for amp in (False, True))
+    assert time_ratio(here, here) == '1.000'
+    assert time_ratio(here, there) == ''
+    assert machines(there, here, there) == 'an abacus, bf16; an abacus, fp32'
+
+
+def test_the_time_of_runs_made_side_by_side_is_left_out(tmp_path):
+    medium = dict(epochs=16, decay_milestones=[9, 13])
+    for name, flags, cores in (('alone', {}, 2), ('beside', medium, 4)):
+        hardware = dict(device='an abacus', threads=2, processes=1, cores=cores)
+        for rate, seconds in ((0., 200.), (0.5, 150.)):
+            keep(tmp_path, f'{name}-{rate}', made_up(drop_path=rate, hardware=hardware, epoch_seconds=seconds, **flags))
+    (_, medium, short, *_), = tables(Report(tmp_path).table2())
+    assert short[4:9] == ['200', '150', '0.750', '8', 'short']
+    assert medium[4:9] == ['', '', '', '16', 'medium']
+
+
+def steps_row(ratio, **fields):
+    return {**dict(mode='subset', drop_path=0.5, schedule='linear', scale='train', compiled=False, loop=False,
+                   name='subset, p_L 0.5'), **fields, 'ratio': dict(median=ratio, q1=ratio - 0.1, q3=ratio + 0.1)}
+
+
+def test_steps_of_another_scale_schedule_or_mode_are_not_taken(tmp_path):
+    others = [dict(scale='eval'), dict(schedule='uniform'), dict(mode='torchvision-row'), dict(drop_path=0.2),
+              dict(compiled=True), dict(loop=True)]
+    rows = [*(steps_row(9., **other) for other in others), steps_row(0.987, name='by hand')]
+    hardware = dict(device='an abacus', amp=False)
+    (tmp_path / 'timing').mkdir()
+    (tmp_path / 'timing' / 'throughput_modes.json').write_text(json.dumps(dict(rows=rows, hardware=hardware)))
+    result = run_here('reproduce.py', 'report', '--results', tmp_path)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / 'reproduction' / 'REPRODUCTION.md').read_text()
+    _, (head, row) = tables(sections(text)['Beyond the paper: what is dropped'])
+    assert dict(zip(head, row, strict=True)) == dict(
+        on=machine(hardware), batch='', sample='', subset='0.99 (0.89 to 1.09)')
+
+
+# --- curves
+
+
+def rows_of(gradients, rates, losses, top1):
+    return [dict(epoch=float(epoch), train_loss=loss, eval_top1=right, lr=rate, grad_magnitude=gradient)
+            for epoch, (gradient, rate, loss, right) in enumerate(zip(gradients, rates, losses, top1, strict=True))]
+
+
+RATES = [0.1, 0.1, 0.1, 0.01, 0.01, 0.001]
+CONSTANT = rows_of([9e-5, 1e-5, 2e-5, 4e-5, 6e-5, 7e-5], RATES, [3., 2., 1., 0.5, 0.4, 0.25],
+                   [10, 20, 30, 40, 50, 60])
+STOCHASTIC = rows_of([9e-5, 8e-5, 2e-5, 10e-5, 15e-5, 21e-5], RATES, [3., 2., 2., 1., 1., 0.75],
+                     [5, 15, 25, 35, 45, 55])
+
+
+def test_the_gradient_of_a_phase_is_the_median_of_its_epochs():
+    assert gradient_phases(CONSTANT) == pytest.approx([2., 5., 7.])
+
+
+def test_curves_are_tables_of_the_phases_and_the_last_loss(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr('paper.figures.save_figure', lambda figure, panels, path: drawn.update({path.name: figure}))
+    for name, flags, rows in (('a', dict(drop_path=0.), CONSTANT), ('b', {}, STOCHASTIC)):
+        keep(tmp_path, name, made_up(**flags), rows)
+    text = Report(tmp_path).curves()
+    assert 'Ours, `short`, 8 epochs: 0.2500 and 0.7500.' in text
+    (_, *rows), = tables(text)
+    assert [row[1:] for row in rows[3:]] == [
+        ['1', '2.000', '8.000', '4.0'], ['2', '5.000', '12.500', '2.5'], ['3', '7.000', '21.000', '3.0']]
+    assert set(drawn) == {'fig3-short.png', 'fig7-short.png'} == set(pictures(text))
+    losses, errors = drawn['fig3-short.png'].axes
+    for axes, lines in ((losses, [[3., 2., 1., 0.5, 0.4, 0.25], [3., 2., 2., 1., 1., 0.75]]),
+                        (errors, [[90, 80, 70, 60, 50, 40], [95, 85, 75, 65, 55, 45]])):
+        assert [list(line.get_ydata()) for line in axes.lines] == lines
+        assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3, 4, 5, 6]] * 2
+    falls = [list(line.get_xdata()) for line in drawn['fig7-short.png'].axes[0].lines[2:]]
+    assert falls == [[3.5, 3.5], [5.5, 5.5]]  # between the epochs 3 and 4, and 5 and 6
+
+
+def test_figure_8_is_drawn_beside_the_papers(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr('paper.figures.save_figure', lambda figure, panels, path: drawn.update({path.name: figure}))
+    paper.figures.save_survival({'linear': {0.5: 41., 1.: 29.}, 'uniform': {}}, numbers.FIG8_LEFT, '', tmp_path / 'l')
+    theirs, ours = drawn['l'].axes
+    assert list(zip(*ours.lines[0].get_data(), strict=True)) == [(0.5, 41.), (1., 29.)]
+    assert (0.5, 5.25) in list(zip(*theirs.lines[0].get_data(), strict=True))
+    assert (0.5, 6.14) in list(zip(*theirs.lines[1].get_data(), strict=True))
+    paper.figures.save_map(numbers.FIG8_RIGHT, {**{p: {} for p in numbers.FIG8_RIGHT}, 0.8: {38: 24.61}}, '',
+                           tmp_path / 'r')
+    theirs, ours = drawn['r'].axes[:2]
+    assert len(theirs.texts) == 36
+    (text,) = ours.texts
+    assert text.get_text() == '24.61'
+    column, row = text.get_position()
+    assert (ours.get_xticklabels()[column].get_text(), ours.get_yticklabels()[row].get_text()) == ('38', '0.8')

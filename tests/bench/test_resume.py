@@ -1,0 +1,124 @@
+"""A run that was stopped and goes on equals one that nobody disturbed, bit for bit."""
+import shutil
+import zipfile
+
+import pytest
+
+from harness import engine
+from harness.run_folder import RunFolder
+from support.commands import assert_same_run, read_results, refused, run_here
+
+
+class Stopped(BaseException):
+    """Like a kill it passes through every `except Exception`."""
+
+
+def stopped(monkeypatch, updates, *args):
+    """Runs train.py until it has made so many updates."""
+    left, update = [None] * updates, engine.TrainStep.update
+
+    def counted(step):
+        if not left:
+            raise Stopped
+        left.pop()
+        update(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.TrainStep, 'update', counted)
+        with pytest.raises(Stopped):
+            run_here('train.py', *args)
+
+
+@pytest.fixture
+def copy(finished, toy, tmp_path):
+    """A complete run to be damaged: its folder, and the flags that go on with it."""
+    shutil.copytree(finished[0], tmp_path / 'copy')
+    return tmp_path / 'copy', [*toy, '--output', tmp_path, '--experiment', 'copy', '--resume', 'auto']
+
+
+@pytest.mark.parametrize('how', ['gates', 'masks'])
+def test_stopped_anywhere_and_resumed_equals_undisturbed(toy, finished, tmp_path, monkeypatch, how):
+    """In the first epoch, in the second, right behind the second. The masks of mode sample come from torch."""
+    args, whole = [*toy, '--output', tmp_path], finished[0]
+    if how == 'masks':
+        args += ['--drop-path-mode', 'sample', '--drop-path-scale', 'train', '--drop-path', '0.5']
+        assert run_here('train.py', *args, '--experiment', 'whole').returncode == 0
+        whole = tmp_path / 'whole'
+    args += ['--experiment', 'a', '--resume', 'auto']
+    checkpoints = tmp_path / 'a' / 'checkpoints'
+    for updates, epochs in ((3, []), (7, [1]), (5, [1, 2])):  # of five in an epoch; each run begins at its checkpoint
+        stopped(monkeypatch, updates, *args)
+        assert sorted(path.name for path in checkpoints.glob('checkpoint-*')) == [
+            f'checkpoint-{epoch:04d}.pt' for epoch in epochs]
+        assert not (tmp_path / 'a' / 'results.json').exists()
+    result = run_here('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / 'a', whole)
+    assert read_results(tmp_path / 'a')['test_last'] == read_results(whole)['test_last']
+
+
+def test_damaged_newest_checkpoint_is_passed_over(copy, finished):
+    folder, args = copy
+    newest = folder / 'checkpoints' / 'checkpoint-0003.pt'
+    with zipfile.ZipFile(newest) as archive:
+        tensor = max(archive.infolist(), key=lambda record: record.file_size)
+    content = bytearray(newest.read_bytes())
+    content[tensor.header_offset + tensor.file_size // 2] ^= 1  # one bit; between tensors, padding would not matter
+    newest.write_bytes(content)
+    left = folder / 'checkpoints' / 'checkpoint-0003.pt.7'  # more parts than the next one will have
+    left.write_bytes(b'')
+    for name in ('results.json', 'model.safetensors', 'summary.csv'):
+        (folder / name).unlink()
+    result = run_here('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert f'warning: {newest} is damaged' in result.stderr
+    assert result.stderr.count('train_loss') == 1  # of the third epoch alone
+    assert not left.exists()
+    assert_same_run(folder, finished[0])
+
+
+def test_stopped_while_finishing(copy, finished):
+    folder, args = copy
+    for name in ('results.json', 'model.safetensors', 'summary.csv', 'curves.png'):
+        (folder / name).unlink()
+    result = run_here('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert 'train_loss' not in result.stderr  # nothing was trained
+    assert_same_run(folder, finished[0])
+
+
+def test_begins_anew_where_no_checkpoint_is_whole(copy, finished):
+    folder, args = copy
+    for path in folder.glob('checkpoints/checkpoint-*.pt'):
+        path.write_bytes(b'')
+    (folder / 'results.json').unlink()
+    result = run_here('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count('is damaged') == 2
+    assert result.stderr.count('train_loss') == 3
+    assert_same_run(folder, finished[0])
+
+
+def test_without_resume_an_old_run_is_not_overwritten(copy):
+    folder, args = copy
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    assert 'exists; go on with --resume auto' in refused('train.py', *args[:-2])
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--lr', '0.5'], ['lr 0.1 -> 0.5']), (['--epochs', '4'], ['epochs 3 -> 4']), (['--seed', '1'], ['seed 0 -> 1']),
+    (['-b', '4'], ['global_batch_size 8 -> 4'])])
+def test_other_flags_than_the_run_had(copy, flags, words):
+    said = refused('train.py', *copy[1], *flags)
+    assert all(word in said for word in words)
+
+
+def test_a_run_is_gone_on_with_by_its_folder(copy, finished):
+    folder, args = copy
+    (folder / 'results.json').unlink()
+    RunFolder(folder).remove_after(2)
+    at = args.index('--output')
+    result = run_here('train.py', *args[:at], '--log-interval', '7', '--resume', folder)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, finished[0])

@@ -1,0 +1,244 @@
+"""bench/throughput.py counts right; what it measures is no test's business."""
+import csv
+import json
+
+import datasets
+import pytest
+
+import timing.contestants
+import timing.rows
+import timm_sd
+from harness.recipes import parse_train_flags
+from support.commands import bench, refused, run_here
+from timing.contestants import CONSTANT, Contestant, StepSettings, Timings, Variant, build, time_in_turns
+from timing.end_to_end import EndToEndSettings, Training, commands, write_subset
+from timing.rows import measure, saving, spread
+
+SMALL = ['--model', 'sd_resnet20_cifar', '-b', '2', '--steps', '2', '--rounds', '2']
+DROPPED = Variant('batch', 0.5)
+
+
+def throughput(*args, run=run_here):
+    result = run('throughput.py', *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# --- what a run leaves
+
+
+def test_a_row_for_each_contestant_in_the_table_and_in_json_csv_and_picture(tmp_path):
+    modes = ('constant', 'batch', 'sample', 'torchvision-batch', 'torchvision-row')
+    table = throughput(*SMALL, '--modes', *modes, '--drop-path', 0.5, 0.8, '--drop-path-scale', 'eval', '--no-memory',
+                       '--output', tmp_path / 'out')
+    written = json.loads((tmp_path / 'out.json').read_text())
+    rows = written['rows']
+    dropping = [(mode, rate) for mode in modes[1:] for rate in (0.5, 0.8)]
+    # mode batch alone knows the scale eval
+    assert [(row['mode'], row['drop_path'], row['scale'], row['loop']) for row in rows] == [
+        ('constant', 0., 'train', False),
+        *((mode, rate, 'eval' if mode == 'batch' else 'train', False) for mode, rate in dropping),
+        ('batch', 0.5, 'eval', True)]
+    assert {(row['model'], row['schedule'], row['compiled'], row['batch_size']) for row in rows} == {
+        ('sd_resnet20_cifar', 'linear', False, 2)}
+    lines = table.splitlines()[1:]
+    assert [line[20:52].strip() for line in lines] == [row['name'] for row in rows]
+    assert len(set(row['name'] for row in rows)) == len(rows)
+    assert [line[77:85].strip() for line in lines] == [f'{row["ratio"]["median"]:.3f}' for row in rows]
+    flat = list(csv.DictReader((tmp_path / 'out.csv').open()))
+    assert [(row['mode'], float(row['ratio_median'])) for row in flat] == [
+        (row['mode'], row['ratio']['median']) for row in rows]
+    assert (tmp_path / 'out.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'out.png').stat().st_size > 10_000
+    assert written['args']['output'] == 'out'  # its place says nothing
+    for rate in (0.5, 0.8):
+        gates = timm_sd.DepthGates(timm_sd.drop_path_rates(9, rate))
+        drawn = []
+        for round_ in range(2):
+            gates.set_epoch(round_)
+            drawn += [sum(gates.draw()) for _ in range(2)]
+        row = next(row for row in rows if (row['mode'], row['drop_path']) == ('batch', rate))
+        assert row['blocks_open'] == pytest.approx(sum(drawn) / len(drawn) / 9, abs=1e-4)
+
+
+def test_any_timm_model(tmp_path):
+    throughput('--model', 'test_vit', '-b', 2, '--steps', 1, '--rounds', 2, '--modes', 'constant', 'batch', 'subset',
+               'sample', '--drop-path-schedule', 'uniform', '--no-memory', '--output', tmp_path / 'out')
+    rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert [(row['mode'], row['loop']) for row in rows] == [
+        ('constant', False), ('batch', False), ('subset', False), ('sample', False), ('batch', True)]
+    assert {row['schedule'] for row in rows[1:]} == {'uniform'}
+    assert 'limit' not in rows[1]  # its blocks can't be weighed
+
+
+def test_profile_names_the_operators():
+    assert 'aten::convolution_backward' in throughput('--model', 'test_resnet', '-b', '2', '--steps', '1',
+                                                      '--modes', 'constant', '--profile')
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--modes', 'batch'], ['lacks constant']),
+    (['--sweep', '--model', 'resnet18'], ['resnet18', 'sd_resnet*_cifar']),
+    (['--drop-path', '0'], ['--drop-path 0']),
+    (['--end-to-end', '--timm-train', 'nowhere.py'], ['nowhere.py']),
+])
+def test_mistakes_are_one_line(args, words):
+    said = refused('throughput.py', *args)
+    assert all(word in said for word in words)
+
+
+# --- what is computed of the times
+
+
+def test_median_and_quartiles():
+    assert spread([4., 1., 3., 2., 5., 6., 7.]) == dict(median=4., q1=2., q3=6.)
+
+
+def test_the_saving_of_a_case_done_by_hand():
+    """Two rounds of two steps; blocks that cost 2, 1 and 1 seconds, and 1 second that nothing saves."""
+    draws = [[[True, False, False], [True, True, False]],  # 2 and 1 seconds can be saved: 1.5 a step
+             [[False, True, True], [False, False, True]]]  # 2 and 3: 2.5 a step
+    found = saving(draws, [2., 1., 1.], seconds=[4.25, 2.5], constant=[5., 5.])
+    assert found['blocks_open'] == pytest.approx((1 + 2 + 2 + 1) / 4 / 3, abs=1e-4)
+    assert found['limit'] == pytest.approx(1 - 2. / 5.)
+    # 0.75 of 1.5 in the first round, all 2.5 in the second
+    assert found['share_of_saving']['median'] == pytest.approx((0.5 + 1.) / 2)
+
+
+def test_without_the_costs_of_the_blocks_nothing_is_said_of_a_limit():
+    assert saving([[[True, False]]], [], [1.], [2.]) == dict(blocks_open=0.5)
+
+
+def test_rows_are_made_of_what_was_timed(monkeypatch):
+    constant, dropped, loop = [2., 4., 8.], [1., 3., 4.], [2., 4., 5.]
+    draws = {CONSTANT: [[]] * 3, DROPPED: [[[True, False]], [[False, True]], [[True, True]]]}
+    monkeypatch.setattr(timing.rows, 'time_in_turns', lambda model, variants, steps: Timings(
+        {CONSTANT: constant, DROPPED: dropped}, loop, draws, []))
+    monkeypatch.setattr(timing.rows, 'peak_memory', lambda model, variant, steps: 10. * (variant is CONSTANT))
+    rows = measure('sd_resnet20_cifar', [CONSTANT, DROPPED], StepSettings(batch_size=12))
+    assert [row['ratio']['median'] for row in rows] == [1., 0.5, 1.]  # 0.5, 0.75 and 0.5; 1, 1 and 0.625
+    assert [row['step_seconds']['median'] for row in rows] == [4., 3., 4.]
+    assert [row['images_per_second'] for row in rows] == [3., 4., 3.]
+    assert [row.get('peak_mib') for row in rows] == [10., 0., None]
+    assert [row.get('blocks_open') for row in rows] == [None, pytest.approx(4 / 6, abs=1e-4), None]
+    assert rows[2]['images_to_bare']['median'] == 0.75  # 0.5, 0.75 and 0.8
+
+
+def test_blocks_are_weighed_by_networks_without_them_and_the_warm_up_does_not_count(monkeypatch):
+    """The clock is one that takes 0.5 s for the rest of the network, and 4, 2 and 1 s for a block of each stage."""
+    turns = []
+
+    def time_turn(self, turn, round_):
+        seconds = 0.5 + sum(cost * len(getattr(self.model, stage)) for stage, cost in costs.items())
+        turns.append(round_)
+        return 1000. if len(turns) <= 6 else seconds  # constant, batch, three without a stage's blocks, and the loop
+
+    costs = dict(layer1=4., layer2=2., layer3=1.)
+    monkeypatch.setattr(Contestant, 'time_turn', time_turn)
+    timings = time_in_turns('sd_resnet20_cifar', [CONSTANT, DROPPED], StepSettings(batch_size=2, steps=1, rounds=3))
+    assert timings.block_seconds == pytest.approx([4.] * 3 + [2.] * 3 + [1.] * 3)
+    assert timings.seconds == {CONSTANT: [21.5] * 3, DROPPED: [21.5] * 3}
+    assert timings.loop == [21.5] * 3
+    assert turns == [0] * 12 + [1] * 6 + [2] * 6  # each round's own gates, those of the first to warm up with
+    assert [len(of_round) for of_round in timings.draws[DROPPED]] == [1, 1, 1]
+    assert {len(draw) for of_round in timings.draws[DROPPED] for draw in of_round} == {9}
+
+
+def test_the_loop_runs_the_gates_of_the_bare_steps():
+    contestant = Contestant(build('sd_resnet20_cifar', DROPPED), StepSettings(batch_size=2, steps=3))
+    drawn = []
+    draw = contestant.gates.draw
+    contestant.gates.draw = lambda: drawn.append(draw()) or drawn[-1]
+    for turn in (contestant.bare, contestant.loop):
+        contestant.time_turn(turn, 5)
+    assert drawn[:3] == drawn[3:] == contestant.draws(5)
+    assert contestant.draws(5) != contestant.draws(6)
+
+
+@pytest.mark.parametrize('mode', ['sample', 'torchvision-row'])
+def test_other_libraries_get_the_papers_rates(mode):
+    network = build('sd_resnet20_cifar', Variant(mode, 0.5))
+    blocks = [*network.layer1, *network.layer2, *network.layer3]
+    rates = [block.drop_path.drop_prob if mode == 'sample' else block.drop_path.p for block in blocks]
+    assert rates == pytest.approx([block / 9 * 0.5 for block in range(1, 10)])  # equation 4
+    assert rates == timm_sd.drop_path_rates(9, 0.5)
+
+
+def test_constant_depth_drops_nothing():
+    model = build('sd_resnet20_cifar', CONSTANT)
+    assert timm_sd.depth_gates(model) is None
+    assert not any(getattr(module, 'drop_prob', 0.) for module in model.modules())
+
+
+@pytest.mark.parametrize('change', [dict(scale='eval'), dict(schedule='uniform'), dict(mode='sample'),
+                                    dict(drop_path=0.2), dict(compiled=True), dict(loop=True)], ids=str)
+def test_a_variant_is_known_by_its_fields_and_not_by_its_name(change):
+    row = dict(name='by hand', mode='batch', drop_path=0.5, schedule='linear', scale='train', compiled=False,
+               loop=False)
+    assert DROPPED.describes(row)
+    assert not DROPPED.describes(dict(row, name=DROPPED.label, **change))
+
+
+# --- whole epochs
+
+
+def test_every_way_of_training_does_the_same_work(tmp_path):
+    settings = EndToEndSettings(images=320, epochs=3, timm_train='train.py')
+    turn = commands('sd_resnet20_cifar', 0.5, 64, False, tmp_path, tmp_path / 'output', settings)
+    assert list(turn) == [Training('timm_sd'), Training('timm_sd', at_once=2), Training('timm_sd', processes=2),
+                          Training('timm')]
+    for training, together in turn.items():
+        assert len(together) == training.at_once
+        for line in together:
+            start = next((place for place, word in enumerate(line) if word.endswith('train.py')))
+            if training.project == 'timm':
+                assert line[line.index('-b') + 1] == '64'
+                continue
+            flags = parse_train_flags(line[start + 1:])
+            assert flags.batch_size * training.processes == 64
+            assert (flags.model, flags.drop_path, flags.epochs, flags.lr) == ('sd_resnet20_cifar', 0.5, 3, 0.1)
+            assert (flags.require_processes or 1) == training.processes
+            assert not flags.amp
+    folders = [line[line.index('--experiment') + 1] for together in turn.values() for line in together]
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_ratios_of_whole_epochs_are_to_timms(monkeypatch):
+    times = {Training('timm_sd'): [2., 2., 4.], Training('timm'): [3., 4., 5.]}
+    monkeypatch.setattr(timing.rows, 'time_epochs', lambda *args: times)
+    rows = timing.rows.measure_epochs('m', 0.5, 64, False, EndToEndSettings(images=320))
+    assert [row['ratio']['median'] for row in rows] == [0.5, 1.]
+    assert [row['images_per_second'] for row in rows] == [160., 80.]
+    assert [row['step_seconds']['median'] for row in rows] == [0.4, 0.8]  # five steps an epoch
+
+
+def test_generated_pictures_have_a_training_and_a_test_split(tmp_path):
+    write_subset(tmp_path, EndToEndSettings(images=20))
+    data = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / 'cache'))
+    assert {split: len(rows) for split, rows in data.items()} == dict(train=20, test=4)
+    assert data['train'][0]['img'].size == (32, 32)
+
+
+# --- in processes of their own
+
+
+@pytest.mark.slow
+def test_peak_memory_grows_with_the_batch():
+    peaks = [timing.contestants.peak_memory('sd_resnet20_cifar', CONSTANT, StepSettings(batch_size=size, steps=1))
+             for size in (8, 256)]
+    assert 0 <= peaks[0] < peaks[1] / 2
+
+
+@pytest.mark.slow
+def test_memory_is_in_the_table(tmp_path):
+    table = throughput(*SMALL, '--modes', 'constant', '--output', tmp_path / 'out', run=bench)
+    (row,) = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert row['peak_mib'] >= 0
+    assert float(table.splitlines()[1].split()[-1]) == row['peak_mib']
+
+
+@pytest.mark.slow
+def test_end_to_end_times_every_way_of_training():
+    table = throughput('--end-to-end', '--model', 'sd_resnet20_cifar', '--images', 320, '-b', 64, '--repeats', 1)
+    assert [line[20:52].strip() for line in table.splitlines()[1:]] == [
+        'train.py', 'train.py, 2 runs at once', 'train.py, 2 processes']

@@ -1,0 +1,90 @@
+"""bench/validate.py, and the test of a run: the stated error is that of a plain loop over the pictures."""
+import io
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from support.commands import read_csv, read_results, refused, run_here, weights
+from support.data import write_parquet
+
+TEST_FILE = 'data/test-00000-of-00001.parquet'
+
+
+def loss_and_error(folder, data):
+    """Mean loss and top-1 error in percent of a run's weights in timm's plain network, picture by picture."""
+    network = timm.create_model('sd_resnet20_cifar', drop_path_rate=0., num_classes=4).eval()
+    network.load_state_dict(weights(folder))
+    losses, wrong = [], 0
+    rows = datasets.Dataset.from_parquet(f'{data}/{TEST_FILE}').cast_column('image', datasets.Image(decode=False))
+    for row in rows:
+        pixels = np.asarray(Image.open(io.BytesIO(row['image']['bytes']))) / 255
+        x = torch.tensor((pixels - 0.31) / 0.38, dtype=torch.float32).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            logits = network(x)
+        losses.append(F.cross_entropy(logits, torch.tensor([row['label']])).item())
+        wrong += logits.argmax().item() != row['label']
+    return sum(losses) / len(losses), 100 * wrong / len(losses)
+
+
+def test_the_stated_error_is_that_of_a_plain_loop(finished, toy):
+    results = read_results(finished[0])
+    loss, error = loss_and_error(finished[0], toy[toy.index('--data-dir') + 1])
+    assert results['test_best']['loss'] == pytest.approx(loss, rel=1e-4)
+    assert results['test_best']['top1_err'] == pytest.approx(error, abs=1e-4)
+    assert results['test_best']['top5_err'] == 0  # of four classes
+
+
+def test_validate_finds_the_stated_error(finished, toy, tmp_path):
+    results, data = read_results(finished[0]), toy[toy.index('--data-dir') + 1]
+    out = tmp_path / 'results.csv'
+    result = run_here('validate.py', '--checkpoint', finished[0] / 'model.safetensors', '--data-dir', data,
+                      '--results-file', out, '-b', 7)  # size, mean and std are in the file
+    assert result.returncode == 0, result.stderr
+    row = read_csv(out)[0]
+    assert list(row) == ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct',
+                         'interpolation']
+    assert float(row['top1_err']) == results['test_best']['top1_err']
+    assert float(row['top1']) == 100 - float(row['top1_err'])
+    assert float(row['param_count']) == round(results['param_count'] / 1e6, 2)
+    assert (row['model'], row['img_size']) == ('sd_resnet20_cifar', '8')
+
+
+def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy):
+    """It holds the unfolded tensors: evaluated as they are they would be another function."""
+    said = refused('validate.py', '--model', 'sd_resnet20_cifar', '--checkpoint',
+                   finished[0] / 'checkpoints' / 'checkpoint-0003.pt', '--data-dir',
+                   toy[toy.index('--data-dir') + 1], '--img-size', 8)
+    assert 'does not fit' in said
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--model', 'sd_resnet32_cifar', '--checkpoint', 'WEIGHTS'], ['sd_resnet32_cifar', 'does not fit']),
+    (['--checkpoint', 'NOWHERE'], ['NOWHERE', 'is no file']),
+    (['--checkpoint', 'UNNAMED'], ['UNNAMED', 'give --model']),
+    (['--model', 'sd_resnet20_cifar', '--checkpoint', 'NOWHERE'], ['NOWHERE', 'is no file']),
+    ([], ['--model', '--checkpoint']),
+    (['--checkpoint', 'WEIGHTS', '--results-file', 'NOWHERE/results.csv'], ['--results-file', 'no such folder']),
+    (['--checkpoint', 'WEIGHTS', '--split', 'dev'], ['dev', 'train, test']),
+    (['--checkpoint', 'WEIGHTS', '--num-classes', '7'], ['--num-classes', '7', '4']),
+])
+def test_mistakes_get_one_line_and_status_2(finished, toy, tmp_path, args, words):
+    places = dict(WEIGHTS=str(finished[0] / 'model.safetensors'), NOWHERE=str(tmp_path / 'nowhere'),
+                  UNNAMED=str(tmp_path / 'unnamed.safetensors'))
+    safetensors.torch.save_file(weights(finished[0]), places['UNNAMED'])
+    for name, place in places.items():
+        args, words = ([text.replace(name, place) for text in texts] for texts in (args, words))
+    said = refused('validate.py', '--data-dir', toy[toy.index('--data-dir') + 1], *args)
+    assert all(word in said for word in words)
+
+
+def test_pretrained_of_another_class_count(tmp_path):
+    folder = write_parquet(tmp_path, size=32)
+    said = refused('validate.py', '--model', 'sd_resnet56_cifar', '--data-dir', folder, '--split', 'train')
+    assert '10 classes' in said
+    assert 'the data has 2' in said

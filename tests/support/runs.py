@@ -1,0 +1,55 @@
+"""Finished runs: those that are kept in bench/results/runs, and such as they, made up."""
+import json
+from pathlib import Path
+
+import yaml
+
+from support.commands import BENCH
+
+KEPT = BENCH / 'results' / 'runs'
+# What is made up has the flags of this one, unless a test says others.
+TEMPLATE = KEPT / 'cifar10-110-0.5-linear-short-0'
+
+
+def kept_runs():
+    """The results.json of every run that is kept, by its folder's name."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(KEPT.glob('*/results.json'))}
+
+
+# Flags that make no other training, which a run doesn't count among what it changed.
+NO_CHANGE = {'config', 'seed', 'amp', 'threads', 'data_dir', 'grad_checkpointing', 'experiment'}
+
+
+def made_up(error=None, seed=0, hardware=None, epoch_seconds=None, dataset=None, **flags):
+    """A results.json like that of 110 layers at p_L = 0.5 in eight epochs, with other flags."""
+    results = json.loads((TEMPLATE / 'results.json').read_text())
+    args = results['args']
+    args.update(flags, seed=seed)
+    recipe = Path(args['config']).stem
+    said = yaml.safe_load((BENCH / 'recipes' / f'{recipe}.yaml').read_text())
+    changed = {**results['changed_from_recipe'], **{key: flags[key] for key in flags.keys() - NO_CHANGE}}
+    results.update(
+        recipe=recipe, model=args['model'], epochs=args['epochs'], seed=seed, drop_path_rate=args['drop_path'],
+        changed_from_recipe={key: value for key, value in changed.items() if said.get(key) != value})
+    results['hardware'].update(hardware or {})
+    if error is not None:
+        results['test_best']['top1_err'] = error
+    if epoch_seconds is not None:
+        results['epoch_seconds'] = epoch_seconds
+    if dataset is not None:
+        results['dataset'] = dataset
+    return results
+
+
+def summary(rows):
+    """A summary.csv of these rows."""
+    lines = [','.join(rows[0]), *(','.join(map(str, row.values())) for row in rows)]
+    return '\n'.join(lines) + '\n'
+
+
+def keep(results_folder, name, results, rows=None):
+    """Puts a finished run under `results_folder`/runs/."""
+    place = results_folder / 'runs' / name
+    place.mkdir(parents=True)
+    (place / 'results.json').write_text(json.dumps(results))
+    (place / 'summary.csv').write_text(summary(rows) if rows else (TEMPLATE / 'summary.csv').read_text())
