@@ -33,7 +33,7 @@ def reproduce_parser() -> Parser:
     return parser
 
 
-def epoch_seconds(experiment: Experiment, budget: str, step: float) -> float:
+def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) -> float:
     """Estimate from a step of constant depth: shortened by the blocks that drop, with validation, a third of its cost.
 
     Args:
@@ -68,7 +68,7 @@ def print_plan(runs: list[Run], grad_checkpointing: bool) -> None:
         if left and run.experiment.data != 'imagenet':
             if depth not in steps:
                 steps[depth] = step_seconds(depth, grad_checkpointing)
-            hours = left * epoch_seconds(run.experiment, run.budget, steps[depth]) / 3600
+            hours = left * estimated_epoch_seconds(run.experiment, run.budget, steps[depth]) / 3600
         total += hours
         estimate = '?' if left and run.experiment.data == 'imagenet' else f'{hours:.2f}'
         print(f'{run.name:44}{run.epochs:8}{done:6}{estimate:>12}', flush=True)

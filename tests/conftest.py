@@ -1,12 +1,14 @@
-"""For all tests: one thread a worker of pytest-xdist, and no Hub but one on loopback."""
+"""For all tests: the CPU, one thread a worker of pytest-xdist, and no Hub but one on loopback."""
 import os
 import tempfile
 
 # The libraries read these when they are imported, so they are set before any test module is.
+for _name in [name for name in os.environ if name.startswith(('HF_', 'HUGGING', 'TIMM_SD_'))]:
+    del os.environ[_name]
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1'
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ['OMP_NUM_THREADS'] = '1'
-for _name in ('HF_TOKEN', 'HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TIMM_SD_HUB_ORG'):
-    os.environ.pop(_name, None)
 
 import pytest  # noqa: E402
 

@@ -9,11 +9,13 @@ import matplotlib
 matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from harness.files import write_atomic  # noqa: E402
 
 
-def save_figure(figure: Any, panels: Iterable[Any], path: Path) -> None:
+def save_figure(figure: Figure, panels: Iterable[Axes], path: Path) -> None:
     """Writes a figure as a PNG, with a grid in each of `panels`, and closes it."""
     for axes in panels:
         axes.grid(alpha=0.3)

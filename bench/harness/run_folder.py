@@ -40,7 +40,7 @@ class FolderSettings:
     resume: str | None = flag(None, "'auto', or a run folder to go on with")
 
 
-def epochs_done(path: Path) -> int:
+def number_in_name(path: Path) -> int:
     """The number in the name of a file in checkpoints/."""
     return int(path.name.partition('-')[2].partition('.')[0])
 
@@ -129,9 +129,9 @@ class RunFolder:
         write_parts(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
         # A resume from the oldest checkpoint needs the best weights of its time: one more of them is kept.
         for whole, kept in (('checkpoint-*.pt', history), ('best-*.safetensors', history + 1)):
-            oldest = min(sorted(map(epochs_done, self.checkpoints.glob(whole)))[-kept:], default=0)
+            oldest = min(sorted(map(number_in_name, self.checkpoints.glob(whole)))[-kept:], default=0)
             for path in self.checkpoints.glob(f'{whole}*'):  # also parts without their whole
-                if epochs_done(path) < oldest:
+                if number_in_name(path) < oldest:
                     path.unlink()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -147,7 +147,7 @@ class RunFolder:
     def remove_after(self, epochs: int) -> None:
         """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""
         for path in self.checkpoints.glob('*-*'):
-            if epochs_done(path) > epochs:
+            if number_in_name(path) > epochs:
                 path.unlink()
 
 

@@ -109,7 +109,7 @@ class Trainer:
                   disable=not self.accelerator.is_main_process) as bar:
             for epoch in range(self.progress.epoch, self.epochs):
                 bar.set_description(f'epoch {epoch + 1}/{self.epochs}', refresh=False)
-                row = self.train_epoch(step, epoch, bar)
+                row = self.run_epoch(step, epoch, bar)
                 self.save(row)
                 if self.accelerator.is_main_process:
                     bar.write(f'epoch {epoch + 1:3d}: train_loss {row["train_loss"]:.4f}, eval_loss '
@@ -124,7 +124,7 @@ class Trainer:
             load_raw_state(self.model, checkpoint['raw_model'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])
 
-    def train_epoch(self, step: TrainStep, epoch: int, bar: tqdm) -> dict[str, float]:
+    def run_epoch(self, step: TrainStep, epoch: int, bar: tqdm) -> dict[str, float]:
         """Trains and validates one epoch; returns its row of summary.csv."""
         batches, seed = self.batches['train'], self.settings.seed
         batches.set_epoch(epoch)

@@ -6,18 +6,23 @@ from support.data import write_classes
 
 
 @pytest.fixture(scope='session')
-def toy(tmp_path_factory):
-    """Its flags: three epochs of 36 pictures in four classes and five updates; 12 to select by and 20 to test."""
-    folder = write_classes(tmp_path_factory.mktemp('toy'), train=12, test=5)
-    return ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--data-dir', folder, '--val-per-class', '3',
-            '--epochs', '3', '-b', '8', '--threads', '1', '--no-amp',
-            '--drop-path-scale', 'eval']  # whose state_dict, folded, would not do for a resume
+def toy_folder(tmp_path_factory):
+    """Its data: four classes of 12 training and 5 test images each."""
+    return write_classes(tmp_path_factory.mktemp('toy'), train=12, test=5)
 
 
 @pytest.fixture(scope='session')
-def finished(toy, tmp_path_factory):
+def toy_flags(toy_folder):
+    """Flags of a training: 36 training, 12 validation and 20 test images, three epochs of five updates."""
+    return ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--data-dir', toy_folder, '--val-per-class', '3',
+            '--epochs', '3', '-b', '8', '--threads', '1', '--no-amp',
+            '--drop-path-scale', 'eval']  # its state dict is folded, so a resume must not start from it
+
+
+@pytest.fixture(scope='session')
+def finished(toy_flags, tmp_path_factory):
     """The folder of this training, complete and undisturbed, and what train.py said."""
     output = tmp_path_factory.mktemp('output')
-    result = run_here('train.py', *toy, '--output', output, '--experiment', 'finished')
+    result = run_here('train.py', *toy_flags, '--output', output, '--experiment', 'finished')
     assert result.returncode == 0, result.stderr
     return output / 'finished', result

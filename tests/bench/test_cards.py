@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import safetensors
@@ -75,7 +74,7 @@ def test_weights_name_the_run_that_made_them(name):
 
 def test_readme_states_the_measured_errors():
     rows = {row[0].strip('`'): row for table in tables((ROOT / 'README.md').read_text()) for row in table}
-    assert set(NAMES) <= set(rows)
+    assert {row for row in rows if re.fullmatch(r'sd_\w+\.\w+', row)} == set(NAMES)
     for name in NAMES:
         results = results_of(name)
         assert rows[name][-1] == f'{results["test_best"]["top1_err"]:.2f}'
@@ -203,19 +202,11 @@ def test_each_snippet_runs_by_itself(path):
     found = snippets(path.read_text())
     assert found
     for snippet in found:
-        assert 'import timm_sd' in snippet
+        assert snippet.startswith('import timm_sd')
         subprocess.run([sys.executable, '-c', snippet], check=True)
 
 
 # --- in processes of their own
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_weights(tmp_path):
-    pip = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(ROOT)]
-    subprocess.run(pip, check=True)
-    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
-        assert {f'timm_sd/pretrained/{name}.safetensors' for name in NAMES} <= set(wheel.namelist())
 
 
 @pytest.mark.slow

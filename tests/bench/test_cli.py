@@ -85,22 +85,22 @@ def test_mistakes_in_flags_get_one_line_and_status_2(tmp_path, args, words):
     (['--model', 'resnet10t', '--drop-path', '0', '--compile', 'blocks'], ['resnet10t', 'compile the whole model']),
     (['--compile', 'blocks', '--torchcompile-mode', 'fast'], ['fast', 'reduce-overhead']),
 ])
-def test_mistakes_that_data_or_network_show_get_one_line_and_status_2(toy, tmp_path, args, words):
-    said = refused('train.py', *toy, '--output', tmp_path / 'output', *args)
+def test_mistakes_that_data_or_network_show_get_one_line_and_status_2(toy_flags, tmp_path, args, words):
+    said = refused('train.py', *toy_flags, '--output', tmp_path / 'output', *args)
     assert all(word in said for word in words)
     assert not (tmp_path / 'output').exists()
 
 
-def test_images_of_another_size_need_img_size(toy, tmp_path):
-    at = toy.index('--img-size')
-    said = refused('train.py', *toy[:at], *toy[at + 2:], '-c', 'cifar10', '--output', tmp_path / 'output')
+def test_images_of_another_size_need_img_size(toy_flags, tmp_path):
+    at = toy_flags.index('--img-size')
+    said = refused('train.py', *toy_flags[:at], *toy_flags[at + 2:], '-c', 'cifar10', '--output', tmp_path / 'output')
     assert '8x8 px' in said
     assert '--img-size 32' in said
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(toy, tmp_path):
-    result = run_here('train.py', *toy, '--epochs', '1', '--sched', 'constant', '--warmup-epochs', '0', '--lr', '1e30',
-                      '--output', tmp_path, '--experiment', 'a')
+def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(toy_flags, tmp_path):
+    result = run_here('train.py', *toy_flags, '--epochs', '1', '--sched', 'constant', '--warmup-epochs', '0', '--lr',
+                      '1e30', '--output', tmp_path, '--experiment', 'a')
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith('train.py: error: the loss of epoch 1 is ')
@@ -108,7 +108,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_way_out(toy, tmp_path):
     assert not list(tmp_path.rglob('checkpoint-*'))
 
 
-def test_every_rank_says_what_it_may_meet_alone(monkeypatch, capsys):
+def test_a_rank_reports_its_own_errors(monkeypatch, capsys):
     monkeypatch.setenv('LOCAL_RANK', '1')
     for kind, lines in ((RankError, 1), (UserError, 0)):
         def main(kind=kind):

@@ -164,4 +164,4 @@ def test_flags_choose_runs():
     (Experiment(recipe='svhn', drop_path=0., depth=152), 1., (598388 + 24 * 6000 / 3) / 128),
 ])
 def test_the_estimate_of_an_epoch(experiment, step, seconds):
-    assert reproduce.epoch_seconds(experiment, 'full', step) == pytest.approx(seconds)
+    assert reproduce.estimated_epoch_seconds(experiment, 'full', step) == pytest.approx(seconds)

@@ -4,7 +4,7 @@ import timm
 from torch import nn
 
 import families
-from support.commands import bench, run_here
+from support.commands import bench, refused, run_here
 from support.markdown import tables
 
 
@@ -64,7 +64,7 @@ def test_a_parameter_that_gets_no_gradient_is_seen(family, monkeypatch):
     assert row_of('resnet')[5] == 'no'
 
 
-def test_gradients_are_missed_where_there_are_none():
+def test_missing_gradients_are_listed():
     model = timm.create_model('test_resnet', pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
     families.timm_sd.add_stochastic_depth(model, 0.5)
     assert families.without_gradient(model, closed=True) == set()
@@ -77,7 +77,7 @@ def test_the_smallest_network_is_not_one_of_timms_tests():
     assert families.smallest('mambaout') == 'mambaout_femto'  # 7.3 M parameters
 
 
-def test_a_family_that_is_not_there(refused):
+def test_a_family_that_is_not_there():
     assert 'nearest: resnet' in refused('families.py', '--family', 'resnets')
 
 

@@ -37,8 +37,8 @@ def test_resume_after_kill_9_gives_the_same_weights(undisturbed, tmp_path):
     assert json.loads(result.stdout) == dict(run_folder=str(folder), **read_results(folder))
 
 
-def test_resume_after_kill_9_of_a_run_whose_workers_read(toy, tmp_path):
-    args = [*toy, '--no-in-memory', '-j', '2', '--val-split', 'test', '--epochs', '6', '--output', tmp_path,
+def test_resume_after_kill_9_of_a_run_whose_workers_read(toy_flags, tmp_path):
+    args = [*toy_flags, '--no-in-memory', '-j', '2', '--val-split', 'test', '--epochs', '6', '--output', tmp_path,
             '--resume', 'auto', '--experiment']
     whole = run_here('train.py', *args, 'a')
     assert whole.returncode == 0, whole.stderr

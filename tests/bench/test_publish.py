@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -14,6 +15,7 @@ import publish
 from harness.run_folder import RunFolder
 from support.commands import bench, refused, run_here, weights
 from support.hub_server import Hub
+from support.markdown import snippets
 
 FILES = {'model.safetensors', 'config.json', 'README.md', 'results.json', 'summary.csv', 'curves.png', 'gates.png'}
 TRAIN = ['--epochs', '1', '--threads', '1', '--no-amp', '--experiment', 'a', '--output']
@@ -69,10 +71,6 @@ def assert_loads(name, folder):
     assert all(torch.equal(saved[key], state[key]) for key in saved)
 
 
-def snippets_of(card):
-    return re.findall(r'```python\n(.*?)```', card, re.DOTALL)
-
-
 # --- onto the Hub, and back
 
 
@@ -119,9 +117,9 @@ def test_the_printed_names_load_what_was_trained(hub, signed_in, run_folder):
 
 def test_the_snippets_of_a_published_card_load_from_its_repository(hub, signed_in, run_folder):
     to_hub(run_folder, '--repo', 'our/sd')
-    snippets = snippets_of(head(hub.repos['models', 'our/sd'])['README.md'].decode())
-    assert len(snippets) == 4
-    for snippet in snippets:
+    found = snippets(head(hub.repos['models', 'our/sd'])['README.md'].decode())
+    assert len(found) == 4
+    for snippet in found:
         assert 'hf-hub:our/sd' in snippet
         names = {}
         exec(snippet, names)
@@ -224,6 +222,18 @@ def test_runs_that_are_not_published(hub, signed_in, run_folder, changed, words)
     assert not hub.repos
 
 
+def test_the_first_question_has_a_time_limit(hub, signed_in, run_folder, monkeypatch):
+    asked = []
+
+    def repo_info(self, repo_id, timeout=None):
+        asked.append((repo_id, timeout))
+        raise TimeoutError('no answer')
+    monkeypatch.setattr(huggingface_hub.HfApi, 'repo_info', repo_info)
+    assert 'our/new can not be published: no answer' in refused('publish.py', run_folder, '--repo', 'our/new')
+    assert asked == [('our/new', 3)]
+    assert hub.requests == []  # the questions that follow have no limit
+
+
 def test_where_to_is_asked_for(run_folder):
     assert '--repo is not given' in refused('publish.py', run_folder)
 
@@ -234,7 +244,7 @@ def test_where_to_is_asked_for(run_folder):
 @pytest.mark.slow
 def test_a_silent_hub_is_given_up(hub, signed_in, run_folder):
     hub.fault = 'silent'
-    result = bench('publish.py', run_folder, '--repo', 'our/new', timeout=50)  # it would be silent for 60 s
+    result = bench('publish.py', run_folder, '--repo', 'our/new', timeout=240)  # it would be silent for 600
     assert result.returncode == 2
     assert 'our/new can not be published' in result.stderr.splitlines()[-1]
 

@@ -21,7 +21,7 @@ def test_recipes_parse(recipe):
     ('cifar10', 'sd_resnet110_cifar.c10', (500, 128)), ('cifar100', 'sd_resnet110_cifar.c100', (500, 128)),
     ('svhn', 'sd_resnet152_cifar.svhn', (50, 128)), ('cifar10_1202', 'sd_resnet1202_cifar.c10', (300, 128)),
     ('imagenet', 'sd_resnet152', (120, 128))])
-def test_depth_is_the_papers(recipe, model, schedule):
+def test_recipes_have_the_papers_settings(recipe, model, schedule):
     args = parse_train_flags(['-c', recipe])
     assert (args.epochs, args.batch_size) == schedule
     assert make_settings(NetworkSettings, args).model == model

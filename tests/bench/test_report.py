@@ -10,7 +10,7 @@ from paper.experiments import TABLE1, Experiment
 from paper.report import Found, Report, gradient_phases, machine, machines, time_ratio
 from support.commands import BENCH, refused, run_here
 from support.markdown import pictures, sections, tables
-from support.runs import keep, kept_runs, made_up
+from support.runs import add_run, kept_runs, made_up
 
 # What the folder of 110 layers, p_L = 0.5, in eight epochs is called.
 NAME = 'cifar10-110-0.5-linear-short-0'
@@ -134,15 +134,15 @@ def test_no_kept_run_of_the_paper_is_left_out(parts):
     dict(epochs=9), dict(lr=0.05), dict(dataset='generated'), dict(drop_path=0.4), dict(drop_path_mode='subset'),
     dict(drop_path_scale='train'), dict(hflip=0.)], ids=str)
 def test_a_run_of_another_setting_is_not_taken_whatever_its_folder_is_called(tmp_path, change):
-    keep(tmp_path, NAME, made_up(1., **change))
+    add_run(tmp_path, NAME, made_up(1., **change))
     assert Report(tmp_path).find(Experiment(), 'short').results == []
-    keep(tmp_path, 'by-hand', made_up(2.))
+    add_run(tmp_path, 'by-hand', made_up(2.))
     assert Report(tmp_path).find(Experiment(), 'short').errors == [2.]
 
 
 def test_two_runs_of_the_same_seed_are_refused(tmp_path):
     for name in ('a', 'b'):
-        keep(tmp_path, name, made_up())
+        add_run(tmp_path, name, made_up())
     said = refused('reproduce.py', 'report', '--results', tmp_path)
     assert f'{tmp_path / "runs" / "b"} is a second run of the same flags and seed' in said
 
@@ -160,8 +160,8 @@ SETTINGS = {
 def test_several_seeds_are_a_mean_with_its_standard_deviation(tmp_path, data):
     dataset, flags = SETTINGS[data]
     for seed, (constant, stochastic) in enumerate([(5., 8.), (6., 8.5), (7.5, 8.25)]):
-        keep(tmp_path, f'a{seed}', made_up(constant, seed, dataset=dataset, drop_path=0., **flags))
-        keep(tmp_path, f'b{seed}', made_up(stochastic, seed, dataset=dataset, **flags))
+        add_run(tmp_path, f'a{seed}', made_up(constant, seed, dataset=dataset, drop_path=0., **flags))
+        add_run(tmp_path, f'b{seed}', made_up(stochastic, seed, dataset=dataset, **flags))
     (_, row), = tables(Report(tmp_path).pairs('', {data: TABLE1[data]}, numbers.TABLE1))
     # deviations of 7/6, 1/6 and 4/3 from the mean; of 1/4, 1/4 and none
     assert row[3:5] == ['6.17 ± 1.26 (3)', '8.25 ± 0.25 (3)']
@@ -194,7 +194,8 @@ def test_the_time_of_runs_made_side_by_side_is_left_out(tmp_path):
     for name, flags, cores in (('alone', {}, 2), ('beside', medium, 4)):
         hardware = dict(device='an abacus', threads=2, processes=1, cores=cores)
         for rate, seconds in ((0., 200.), (0.5, 150.)):
-            keep(tmp_path, f'{name}-{rate}', made_up(drop_path=rate, hardware=hardware, epoch_seconds=seconds, **flags))
+            results = made_up(drop_path=rate, hardware=hardware, epoch_seconds=seconds, **flags)
+            add_run(tmp_path, f'{name}-{rate}', results)
     (_, medium, short, *_), = tables(Report(tmp_path).table2())
     assert short[4:9] == ['200', '150', '0.750', '8', 'short']
     assert medium[4:9] == ['', '', '', '16', 'medium']
@@ -243,7 +244,7 @@ def test_curves_are_tables_of_the_phases_and_the_last_loss(tmp_path, monkeypatch
     drawn = {}
     monkeypatch.setattr('paper.figures.save_figure', lambda figure, panels, path: drawn.update({path.name: figure}))
     for name, flags, rows in (('a', dict(drop_path=0.), CONSTANT), ('b', {}, STOCHASTIC)):
-        keep(tmp_path, name, made_up(**flags), rows)
+        add_run(tmp_path, name, made_up(**flags), rows)
     text = Report(tmp_path).curves()
     assert 'Ours, `short`, 8 epochs: 0.2500 and 0.7500.' in text
     (_, *rows), = tables(text)

@@ -14,11 +14,12 @@ import reproduce
 from harness.recipes import parse_train_flags
 from paper.experiments import Experiment
 from paper.runs import Run, failure_reason
-from support.commands import assert_same_run, bench, command, run_here
+from support.commands import assert_same_run, bench, command, refused, run_here
+from support.markdown import sections, tables
 from support.runs import TEMPLATE
 from support.waiting import wait_until
 
-SMALL = ['fig8_right', '--depth', '20', '--drop-path', '0.5', '--budget', 'smoke']
+ONE_RUN = ['fig8_right', '--depth', '20', '--drop-path', '0.5', '--budget', 'smoke']
 NAME = 'cifar10-20-0.5-linear-smoke-0'
 OTHER = NAME.replace('smoke-0', 'smoke-1')
 
@@ -80,28 +81,28 @@ def test_what_is_kept_has_no_paths_of_this_machine(trainings, tmp_path):
     results = json.loads(path.read_text())
     results['args'].update(output='/home/me', data_dir='/home/me', resume='/home/me')
     path.write_text(json.dumps(results))
-    reproduced(*SMALL, *folders(tmp_path))
+    reproduced(*ONE_RUN, *folders(tmp_path))
     assert '/home/me' not in (tmp_path / 'results' / 'runs' / NAME / 'results.json').read_text()
 
 
 def test_a_complete_run_is_not_started_again(trainings, tmp_path):
     finish(tmp_path / 'results' / 'runs' / NAME)
     before = contents(tmp_path)
-    reproduced(*SMALL, *folders(tmp_path))
+    reproduced(*ONE_RUN, *folders(tmp_path))
     assert trainings == []
     assert contents(tmp_path) == before
 
 
 def test_a_complete_run_that_was_not_kept_is_kept_without_training(trainings, tmp_path):
     finish(tmp_path / 'output' / NAME)
-    reproduced(*SMALL, *folders(tmp_path))
+    reproduced(*ONE_RUN, *folders(tmp_path))
     assert trainings == []
     assert (tmp_path / 'results' / 'runs' / NAME / 'results.json').exists()
     assert len(list((tmp_path / 'output' / NAME).iterdir())) == 2
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(trainings, refused, tmp_path):
-    result = run_here('reproduce.py', *SMALL, '--seeds', '13', '1', '--processes', '2', *folders(tmp_path))
+def test_a_failing_run_is_named_and_the_others_go_on(trainings, tmp_path):
+    result = run_here('reproduce.py', *ONE_RUN, '--seeds', '13', '1', '--processes', '2', *folders(tmp_path))
     assert result.returncode == 2
     assert f'1 of 2 runs failed; {NAME.replace("smoke-0", "smoke-13")}: train.py: error: an unlucky number' in (
         result.stderr.splitlines()[-1])
@@ -110,7 +111,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(trainings, refused, tmp_pat
 
 def test_runs_side_by_side_share_the_cores(trainings, tmp_path, monkeypatch):
     monkeypatch.setattr(paper.runs, 'cores', lambda: 7)
-    reproduced(*SMALL, '--seeds', '0', '1', '2', '--processes', '3', *folders(tmp_path))
+    reproduced(*ONE_RUN, '--seeds', '0', '1', '2', '--processes', '3', *folders(tmp_path))
     assert [parse_train_flags(line[2:]).threads for line in trainings] == [2, 2, 2]
 
 
@@ -138,7 +139,7 @@ def test_the_reason_of_a_failure_is_found(log, why):
 
 def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, 'step_seconds', lambda depth, grad_checkpointing: 128 * 3600.)  # an hour an image
-    result = reproduced(*SMALL, '--plan', *folders(tmp_path))
+    result = reproduced(*ONE_RUN, '--plan', *folders(tmp_path))
     # of 9 blocks (3 x 9 - 1) / 4 = 6.5 are open in expectation; a digit of 16 px costs a quarter
     hours = 4 * (1297 / 4 * 6.5 / 9 + 140 / 4 / 3)
     assert result.stdout.splitlines()[1].split() == [NAME, '4', '0', f'{hours:.2f}']
@@ -148,7 +149,7 @@ def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
     finish(tmp_path / 'results' / 'runs' / NAME)
     lines = (tmp_path / 'results' / 'runs' / NAME / 'summary.csv').read_text().splitlines()
     (tmp_path / 'results' / 'runs' / NAME / 'summary.csv').write_text('\n'.join(lines[:4]))  # three of four epochs
-    rest = reproduced(*SMALL, '--plan', *folders(tmp_path))
+    rest = reproduced(*ONE_RUN, '--plan', *folders(tmp_path))
     assert rest.stdout.splitlines()[1].split() == [NAME, '4', '3', f'{hours / 4:.2f}']
 
 
@@ -159,14 +160,14 @@ def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
     (['table1', '--recipe', 'svhn', '--depth', '110'], ['svhn', '110']),
     (['table1', '--data', '/nowhere'], ['/nowhere', 'cifar10, cifar100, imagenet, svhn', '--recipe']),
     (['report', '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
-    ([*SMALL, '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
-    ([*SMALL, '--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),
-    ([*SMALL, '--cluster', 'local', '--processes', '2'], ['--processes 2']),
+    ([*ONE_RUN, '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
+    ([*ONE_RUN, '--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),
+    ([*ONE_RUN, '--cluster', 'local', '--processes', '2'], ['--processes 2']),
     (['table3'], ['table3', 'table1']),
-    ([*SMALL, '--cluster', 'nowhere'], ['nowhere']),
-    ([*SMALL, '--cluster', 'local', '--cluster-options', 'timeout_min'], ['timeout_min', 'key=value']),
+    ([*ONE_RUN, '--cluster', 'nowhere'], ['nowhere']),
+    ([*ONE_RUN, '--cluster', 'local', '--cluster-options', 'timeout_min'], ['timeout_min', 'key=value']),
 ])
-def test_mistakes_get_one_line(refused, tmp_path, args, words):
+def test_mistakes_get_one_line(tmp_path, args, words):
     said = refused('reproduce.py', *folders(tmp_path), *args)
     assert all(word in said for word in words)
 
@@ -182,7 +183,7 @@ def checkpoints(root):
 def test_goes_on_after_kill_9_to_the_same_weights(tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     # beside another one, so each training has half of the cores, and what it says is in a file
-    line = [*SMALL, '--processes', '2']
+    line = [*ONE_RUN, '--processes', '2']
     reproduced(*line, *folders(whole))
     process = subprocess.Popen(command('reproduce.py', *line, *folders(killed)), stderr=subprocess.DEVNULL,
                                start_new_session=True)
@@ -201,11 +202,21 @@ def test_goes_on_after_kill_9_to_the_same_weights(tmp_path):
     results = json.loads((killed / 'results' / 'runs' / NAME / 'results.json').read_text())
     assert results['args']['output'] is None  # what others see has no paths of this machine
     assert results['model'] == 'sd_resnet20_cifar.c10'
+    report = run_here('reproduce.py', 'report', '--results', killed / 'results')
+    assert report.returncode == 0, report.stderr
+    text = Path(report.stdout.strip()).read_text()
+    (head, *rows), = tables(sections(text)['Figure 8, right: depth and p_L on CIFAR-10+, linear decay'])
+    cells = {(row[0], depth): cell.split('/')[1].strip() for row in rows
+             for depth, cell in zip(head[1:], row[1:], strict=True)}
+    assert cells.pop(('0.5', '20 layers')) == f'{results["test_best"]["top1_err"]:.2f}'
+    assert set(cells.values()) == {''}
+    assert 'smoke, 4 epochs' in text
+    assert (killed / 'results' / 'reproduction' / 'fig8_right-smoke.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.slow
 def test_a_training_outlives_the_command_that_started_it(tmp_path):
-    process = subprocess.Popen(command('reproduce.py', *SMALL, '--processes', '2', *folders(tmp_path)),
+    process = subprocess.Popen(command('reproduce.py', *ONE_RUN, '--processes', '2', *folders(tmp_path)),
                                stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_until(lambda: checkpoints(tmp_path), process=process)
@@ -219,8 +230,8 @@ def test_a_training_outlives_the_command_that_started_it(tmp_path):
 
 @pytest.mark.slow
 def test_submitit_runs_it_too(tmp_path):
-    result = bench('reproduce.py', *SMALL, '--seeds', '1', '--cluster', 'local', '--cluster-options', 'timeout_min=10',
-                   *folders(tmp_path))
+    result = bench('reproduce.py', *ONE_RUN, '--seeds', '1', '--cluster', 'local', '--cluster-options',
+                   'timeout_min=10', *folders(tmp_path))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / 'results' / 'runs' / OTHER / 'results.json').exists()
 
@@ -230,7 +241,7 @@ def test_a_failing_training_says_why_and_the_others_go_on(tmp_path):
     folder = tmp_path / 'output' / NAME
     folder.mkdir(parents=True)
     (folder / 'args.yaml').write_text('{epochs: 99, amp: false}')
-    result = run_here('reproduce.py', *SMALL, '--seeds', '0', '1', '--processes', '2', *folders(tmp_path))
+    result = run_here('reproduce.py', *ONE_RUN, '--seeds', '0', '1', '--processes', '2', *folders(tmp_path))
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert f'1 of 2 runs failed; {NAME}: ' in last

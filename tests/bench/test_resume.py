@@ -30,16 +30,16 @@ def stopped(monkeypatch, updates, *args):
 
 
 @pytest.fixture
-def copy(finished, toy, tmp_path):
+def copy(finished, toy_flags, tmp_path):
     """A complete run to be damaged: its folder, and the flags that go on with it."""
     shutil.copytree(finished[0], tmp_path / 'copy')
-    return tmp_path / 'copy', [*toy, '--output', tmp_path, '--experiment', 'copy', '--resume', 'auto']
+    return tmp_path / 'copy', [*toy_flags, '--output', tmp_path, '--experiment', 'copy', '--resume', 'auto']
 
 
 @pytest.mark.parametrize('how', ['gates', 'masks'])
-def test_stopped_anywhere_and_resumed_equals_undisturbed(toy, finished, tmp_path, monkeypatch, how):
+def test_stopped_anywhere_and_resumed_equals_undisturbed(toy_flags, finished, tmp_path, monkeypatch, how):
     """In the first epoch, in the second, right behind the second. The masks of mode sample come from torch."""
-    args, whole = [*toy, '--output', tmp_path], finished[0]
+    args, whole = [*toy_flags, '--output', tmp_path], finished[0]
     if how == 'masks':
         args += ['--drop-path-mode', 'sample', '--drop-path-scale', 'train', '--drop-path', '0.5']
         assert run_here('train.py', *args, '--experiment', 'whole').returncode == 0

@@ -10,7 +10,7 @@ from support.data import write_classes
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """Looks at every evaluation, and decides what is found on the toy's validation images.
+    """Looks at every evaluation, and decides what is found on the validation images.
 
     Returns:
         `top1`, the accuracies to find in turn, none for the true ones; and `seen`, of each evaluation the number of
@@ -44,9 +44,9 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize(('top1', 'best'), [([30., 20., 10.], 0), ([10., 30., 20.], 1), ([10., 30., 30.], 1),
                                             ([10., 20., 30.], 2), ([0., 0., 0.], 0)])
-def test_the_best_epoch_is_the_first_of_the_highest_accuracy(toy, tmp_path, evaluations, top1, best):
+def test_the_best_epoch_is_the_first_of_the_highest_accuracy(toy_flags, tmp_path, evaluations, top1, best):
     evaluations.top1 = list(top1)
-    assert run_here('train.py', *toy, '--output', tmp_path, '--experiment', 'a').returncode == 0
+    assert run_here('train.py', *toy_flags, '--output', tmp_path, '--experiment', 'a').returncode == 0
     assert [seen[:2] for seen in evaluations.seen] == [(12, 5), (12, 10), (12, 15), (20, 15), (20, 15)]
     assert same(weights(tmp_path / 'a'), evaluations.seen[best][2])
     results = read_results(tmp_path / 'a')
@@ -56,8 +56,8 @@ def test_the_best_epoch_is_the_first_of_the_highest_accuracy(toy, tmp_path, eval
     assert same(evaluations.seen[4][2], evaluations.seen[best][2])
 
 
-def test_validation_within_an_epoch_selects(toy, tmp_path, evaluations):
-    plain = [*toy, '--epochs', '1', '--output', tmp_path, '--experiment']
+def test_validation_within_an_epoch_selects(toy_flags, tmp_path, evaluations):
+    plain = [*toy_flags, '--epochs', '1', '--output', tmp_path, '--experiment']
     assert run_here('train.py', *plain, 'plain').returncode == 0
     evaluations.seen.clear()
     evaluations.top1 = [40., 60., 50.]
@@ -70,9 +70,9 @@ def test_validation_within_an_epoch_selects(toy, tmp_path, evaluations):
     assert results['test_last'] == read_results(tmp_path / 'plain')['test_last']  # looking changes nothing
 
 
-def test_a_validation_split_that_is_the_test_split_selects_nothing(toy, tmp_path, evaluations):
+def test_a_validation_split_that_is_the_test_split_selects_nothing(toy_flags, tmp_path, evaluations):
     evaluations.top1 = [30., 20., 10.]
-    result = run_here('train.py', *toy, '--val-split', 'test', '--output', tmp_path, '--experiment', 'a')
+    result = run_here('train.py', *toy_flags, '--val-split', 'test', '--output', tmp_path, '--experiment', 'a')
     assert result.returncode == 0, result.stderr
     assert same(weights(tmp_path / 'a'), evaluations.seen[2][2])
     results = read_results(tmp_path / 'a')
@@ -82,11 +82,10 @@ def test_a_validation_split_that_is_the_test_split_selects_nothing(toy, tmp_path
     assert results['test_best'] == results['test_last']
 
 
-def test_test_images_change_nothing_but_the_test_error(toy, finished, tmp_path):
+def test_test_images_change_nothing_but_the_test_error(toy_flags, finished, tmp_path):
     """Others are tested, in number and contents: the validation images are still the same ones, and what they say."""
     folder = write_classes(tmp_path / 'other', train=12, test=7)
-    at = toy.index('--data-dir')
-    args = [*toy[:at + 1], folder, *toy[at + 2:], '--output', tmp_path, '--experiment', 'a']
+    args = [*toy_flags, '--data-dir', folder, '--output', tmp_path, '--experiment', 'a']
     assert run_here('train.py', *args).returncode == 0
     assert_same_run(tmp_path / 'a', finished[0])
     ours, theirs = read_results(tmp_path / 'a'), read_results(finished[0])
@@ -95,8 +94,8 @@ def test_test_images_change_nothing_but_the_test_error(toy, finished, tmp_path):
     assert ours['test_last']['loss'] != theirs['test_last']['loss']
 
 
-def test_a_resumed_run_remembers_the_best_so_far(toy, tmp_path, evaluations):
-    args = [*toy, '--output', tmp_path, '--experiment', 'a']
+def test_a_resumed_run_remembers_the_best_so_far(toy_flags, tmp_path, evaluations):
+    args = [*toy_flags, '--output', tmp_path, '--experiment', 'a']
     evaluations.top1 = [30., 20., 10.]
     assert run_here('train.py', *args).returncode == 0
     first, whole = evaluations.seen[0][2], summary(tmp_path / 'a')

@@ -11,8 +11,8 @@ from support.commands import assert_same_run, bench, command, read_results
 pytestmark = pytest.mark.slow
 
 
-def test_a_person_sees_three_lines_and_a_script_gets_json(finished, toy, tmp_path):
-    args = [*toy, '--output', tmp_path, '--experiment', 'a', '--resume', 'auto']
+def test_a_person_sees_three_lines_and_a_script_gets_json(finished, toy_flags, tmp_path):
+    args = [*toy_flags, '--output', tmp_path, '--experiment', 'a', '--resume', 'auto']
     script = bench('train.py', *args)
     assert script.returncode == 0, script.stderr
     assert_same_run(tmp_path / 'a', finished[0])  # that of another process
@@ -28,17 +28,17 @@ def test_a_person_sees_three_lines_and_a_script_gets_json(finished, toy, tmp_pat
     assert [line[:12] for line in person.stderr.splitlines()] == ['run folder  ', 'test error  ', 'time        ']
 
 
-def test_validate_finds_the_stated_error(finished, toy):
-    result = bench('validate.py', '--checkpoint', finished[0] / 'model.safetensors', '--data-dir',
-                   toy[toy.index('--data-dir') + 1])
+def test_validate_finds_the_stated_error(finished, toy_folder):
+    result = bench('validate.py', '--checkpoint', finished[0] / 'model.safetensors', '--data-dir', toy_folder)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)['top1_err'] == read_results(finished[0])['test_best']['top1_err']
 
 
-def test_offline_without_a_copy_is_one_line(tmp_path):
+def test_offline_without_a_copy_is_one_line(hub, tmp_path):
     env = dict(os.environ, HF_HOME=str(tmp_path / 'hf'), HF_HUB_OFFLINE='1')
     result = bench('train.py', '-c', 'cifar10', '--output', tmp_path / 'output', env=env)
     assert result.returncode == 2
-    assert 'uoft-cs/cifar10' in result.stderr
+    assert "data set 'uoft-cs/cifar10': the Hub is unreachable and it is not in the cache" in result.stderr
+    assert hub.requests == []
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / 'output').exists()

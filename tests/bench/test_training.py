@@ -46,7 +46,7 @@ def test_run_folder_is_complete(finished):
     assert (args['epochs'], args['batch_size'], args['drop_path_scale']) == (3, 8, 'eval')
     header = result.stderr.splitlines()[0]
     assert all(word in header for word in (
-        'cpu (1 threads)', 'fp32', '1 process x batch 8', 'sd_resnet20_cifar', '36/12/20', 'p_L 0.8',
+        'cpu (1 threads)', 'fp32', '1 process x batch 8', 'sd_resnet20_cifar', 'toy0 36/12/20', 'p_L 0.8',
         'expected depth 8.0 of 9', str(folder)))
 
 
@@ -65,11 +65,11 @@ def test_weights_are_a_plain_network_with_their_origin(finished):
     assert float(metadata['test_top1_err']) == results['test_best']['top1_err']
 
 
-def test_it_ends_with_three_lines_for_a_person_and_a_json_for_scripts(finished, toy):
+def test_it_ends_with_three_lines_for_a_person_and_a_json_for_scripts(finished, toy_flags):
     folder, result = finished
     lines = result.stderr.splitlines()[-3:]
     assert '\n'.join(lines) == closing_lines(folder, read_results(folder))
-    again = [*toy, '--output', folder.parent, '--experiment', folder.name, '--resume', 'auto']
+    again = [*toy_flags, '--output', folder.parent, '--experiment', folder.name, '--resume', 'auto']
     said = run_here('train.py', *again)  # complete: says so at once
     assert (said.returncode, said.stdout) == (0, result.stdout)
     assert said.stderr.splitlines() == lines
@@ -90,29 +90,29 @@ def test_closing_lines_are_the_folder_the_errors_and_the_time(tmp_path):
     assert re.findall(r'[0-9.]+', seconds) == ['35', '3.3', '812']
 
 
-def test_learning_rate_of_every_update(toy, tmp_path, monkeypatch):
+def test_learning_rate_of_every_update(toy_flags, tmp_path, monkeypatch):
     """The quickstart's: a climb of one epoch, then a straight line that would reach zero behind the last update."""
     rates = []
     before_each_update(monkeypatch, lambda step: rates.append(step.optimizer.param_groups[0]['lr']))
-    assert run_here('train.py', *toy, '--output', tmp_path).returncode == 0
+    assert run_here('train.py', *toy_flags, '--output', tmp_path).returncode == 0
     climb = [1e-5 + update / 5 * (0.1 - 1e-5) for update in range(5)]
     assert rates == pytest.approx([*climb, *(0.1 * (1 - update / 15) for update in range(5, 15))])
 
 
-def test_learning_rate_falls_at_its_milestone(toy, tmp_path, monkeypatch):
+def test_learning_rate_falls_at_its_milestone(toy_flags, tmp_path, monkeypatch):
     rates = []
     before_each_update(monkeypatch, lambda step: rates.append(step.optimizer.param_groups[0]['lr']))
-    result = run_here('train.py', *toy, '--sched', 'multistep', '--no-sched-on-updates', '--warmup-epochs', '0', '--lr',
-                      '0.2', '--decay-milestones', '2', '--decay-rate', '0.1', '--output', tmp_path, '--experiment',
-                      'a')
+    result = run_here('train.py', *toy_flags, '--sched', 'multistep', '--no-sched-on-updates', '--warmup-epochs', '0',
+                      '--lr', '0.2', '--decay-milestones', '2', '--decay-rate', '0.1', '--output', tmp_path,
+                      '--experiment', 'a')
     assert result.returncode == 0, result.stderr
     assert rates == pytest.approx([0.2] * 5 + [0.02] * 10)
     assert [float(row['lr']) for row in read_csv(tmp_path / 'a' / 'summary.csv')] == pytest.approx([0.2, 0.02, 0.02])
 
 
-def test_gradients_of_the_first_convolution_are_logged(toy, tmp_path, monkeypatch):
+def test_gradients_of_the_first_convolution_are_logged(toy_flags, tmp_path, monkeypatch):
     gradients = []
-    args = [*toy, '--epochs', '1', '--drop-path', '0', '--output', tmp_path, '--experiment']
+    args = [*toy_flags, '--epochs', '1', '--drop-path', '0', '--output', tmp_path, '--experiment']
     assert run_here('train.py', *args, 'plain').returncode == 0
     before_each_update(monkeypatch, lambda step: gradients.append(step.model.layer1[0].conv1.weight.grad.clone()))
     result = run_here('train.py', *args, 'logged', '--log-gradients')
@@ -126,17 +126,17 @@ def test_gradients_of_the_first_convolution_are_logged(toy, tmp_path, monkeypatc
         first_branch_weight(nn.Sequential(nn.Conv2d(3, 4, 3)))
 
 
-def test_seed_decides_everything(finished, toy, tmp_path):
+def test_seed_decides_everything(finished, toy_flags, tmp_path):
     torch.manual_seed(123)  # whatever the process drew before
     for seed in (0, 1):
-        args = [*toy, '--seed', seed, '--output', tmp_path, '--experiment', f'seed{seed}']
+        args = [*toy_flags, '--seed', seed, '--output', tmp_path, '--experiment', f'seed{seed}']
         assert run_here('train.py', *args).returncode == 0
     assert_same_run(tmp_path / 'seed0', finished[0])
     assert summary(tmp_path / 'seed1') != summary(finished[0])
 
 
-def test_each_epoch_has_an_order_and_gates_of_its_own(toy, tmp_path, monkeypatch):
-    """The toy's 36 images, nine of each class; each forward pass of five leaves the gates it drew."""
+def test_each_epoch_has_an_order_and_gates_of_its_own(toy_flags, tmp_path, monkeypatch):
+    """The toy_flags's 36 images, nine of each class; each forward pass of five leaves the gates it drew."""
     steps, backward = [], engine.TrainStep.backward
 
     def watched(step, x, target, images, is_update):
@@ -145,7 +145,7 @@ def test_each_epoch_has_an_order_and_gates_of_its_own(toy, tmp_path, monkeypatch
         return loss
 
     monkeypatch.setattr(engine.TrainStep, 'backward', watched)
-    assert run_here('train.py', *toy, '--drop-path', '0.5', '--output', tmp_path).returncode == 0
+    assert run_here('train.py', *toy_flags, '--drop-path', '0.5', '--output', tmp_path).returncode == 0
     epochs = [steps[:5], steps[5:10], steps[10:]]
     orders = [tuple(sum((target for target, _ in epoch), [])) for epoch in epochs]
     assert [sorted(order) for order in orders] == [[0] * 9 + [1] * 9 + [2] * 9 + [3] * 9] * 3
@@ -153,7 +153,7 @@ def test_each_epoch_has_an_order_and_gates_of_its_own(toy, tmp_path, monkeypatch
     assert len({tuple(gates for _, gates in epoch) for epoch in epochs}) == 3
 
 
-def test_trains_and_validates_in_bf16_but_tests_in_fp32(toy, tmp_path, monkeypatch):
+def test_trains_and_validates_in_bf16_but_tests_in_fp32(toy_flags, tmp_path, monkeypatch):
     seen, evaluate = [], training.evaluate
 
     def watched(model, batches, accelerator, amp):
@@ -162,7 +162,7 @@ def test_trains_and_validates_in_bf16_but_tests_in_fp32(toy, tmp_path, monkeypat
         return evaluate(model, batches, accelerator, amp)
 
     monkeypatch.setattr(training, 'evaluate', watched)
-    result = run_here('train.py', *toy, '--epochs', '1', '--amp', '--output', tmp_path, '--experiment', 'a')
+    result = run_here('train.py', *toy_flags, '--epochs', '1', '--amp', '--output', tmp_path, '--experiment', 'a')
     assert result.returncode == 0, result.stderr
     assert 'bf16' in result.stderr.splitlines()[0]
     assert seen == [(12, torch.bfloat16), (20, False), (20, False)]  # val, then test by the last weights and the best
@@ -171,9 +171,9 @@ def test_trains_and_validates_in_bf16_but_tests_in_fp32(toy, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('elsewhere', [False, True])
-def test_the_time_is_that_of_where_the_run_ended(toy, tmp_path, elsewhere):
+def test_the_time_is_that_of_where_the_run_ended(toy_flags, tmp_path, elsewhere):
     """Two epochs that took 1000 and 2000 s, here or on another machine, and a third one here."""
-    args = [*toy, '--output', tmp_path, '--experiment', 'a']
+    args = [*toy_flags, '--output', tmp_path, '--experiment', 'a']
     assert run_here('train.py', *args).returncode == 0
     folder = RunFolder(tmp_path / 'a')
     folder.remove_after(2)

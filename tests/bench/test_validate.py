@@ -32,18 +32,18 @@ def loss_and_error(folder, data):
     return sum(losses) / len(losses), 100 * wrong / len(losses)
 
 
-def test_the_stated_error_is_that_of_a_plain_loop(finished, toy):
+def test_the_stated_error_is_that_of_a_plain_loop(finished, toy_folder):
     results = read_results(finished[0])
-    loss, error = loss_and_error(finished[0], toy[toy.index('--data-dir') + 1])
+    loss, error = loss_and_error(finished[0], toy_folder)
     assert results['test_best']['loss'] == pytest.approx(loss, rel=1e-4)
     assert results['test_best']['top1_err'] == pytest.approx(error, abs=1e-4)
     assert results['test_best']['top5_err'] == 0  # of four classes
 
 
-def test_validate_finds_the_stated_error(finished, toy, tmp_path):
-    results, data = read_results(finished[0]), toy[toy.index('--data-dir') + 1]
+def test_validate_finds_the_stated_error(finished, toy_folder, tmp_path):
+    results = read_results(finished[0])
     out = tmp_path / 'results.csv'
-    result = run_here('validate.py', '--checkpoint', finished[0] / 'model.safetensors', '--data-dir', data,
+    result = run_here('validate.py', '--checkpoint', finished[0] / 'model.safetensors', '--data-dir', toy_folder,
                       '--results-file', out, '-b', 7)  # size, mean and std are in the file
     assert result.returncode == 0, result.stderr
     row = read_csv(out)[0]
@@ -55,11 +55,11 @@ def test_validate_finds_the_stated_error(finished, toy, tmp_path):
     assert (row['model'], row['img_size']) == ('sd_resnet20_cifar', '8')
 
 
-def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy):
+def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy_folder):
     """It holds the unfolded tensors: evaluated as they are they would be another function."""
     said = refused('validate.py', '--model', 'sd_resnet20_cifar', '--checkpoint',
-                   finished[0] / 'checkpoints' / 'checkpoint-0003.pt', '--data-dir',
-                   toy[toy.index('--data-dir') + 1], '--img-size', 8)
+                   finished[0] / 'checkpoints' / 'checkpoint-0003.pt', '--data-dir', toy_folder,
+                   '--img-size', 8)
     assert 'does not fit' in said
 
 
@@ -73,13 +73,13 @@ def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy):
     (['--checkpoint', 'WEIGHTS', '--split', 'dev'], ['dev', 'train, test']),
     (['--checkpoint', 'WEIGHTS', '--num-classes', '7'], ['--num-classes', '7', '4']),
 ])
-def test_mistakes_get_one_line_and_status_2(finished, toy, tmp_path, args, words):
+def test_mistakes_get_one_line_and_status_2(finished, toy_folder, tmp_path, args, words):
     places = dict(WEIGHTS=str(finished[0] / 'model.safetensors'), NOWHERE=str(tmp_path / 'nowhere'),
                   UNNAMED=str(tmp_path / 'unnamed.safetensors'))
     safetensors.torch.save_file(weights(finished[0]), places['UNNAMED'])
     for name, place in places.items():
         args, words = ([text.replace(name, place) for text in texts] for texts in (args, words))
-    said = refused('validate.py', '--data-dir', toy[toy.index('--data-dir') + 1], *args)
+    said = refused('validate.py', '--data-dir', toy_folder, *args)
     assert all(word in said for word in words)
 
 

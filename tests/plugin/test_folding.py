@@ -1,5 +1,6 @@
 """Scale 'eval', the paper's eq. 5: every state_dict is that of a plain network, whatever was done to the model."""
 import copy
+import pickle
 
 import pytest
 import torch
@@ -49,9 +50,10 @@ def test_folding_survives_another_batch_norm(replace):
         model.load_state_dict(state)
 
 
-def test_a_copy_folds_its_own_weights():
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_folds_its_own_weights(duplicate):
     model = lively(toy(drop_path_scale='eval'))
-    twin = copy.deepcopy(model)
+    twin = duplicate(model)
     with torch.no_grad():
         twin.layer3[0].bn2.weight.fill_(3.)
     assert twin.state_dict()['layer3.0.bn2.weight'].tolist() == pytest.approx([1.5] * 64)

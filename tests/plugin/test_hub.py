@@ -33,15 +33,27 @@ def load(tmp_path, monkeypatch):
     return load
 
 
+@pytest.fixture
+def timeouts(monkeypatch):
+    """The time limit of each quick question to the Hub."""
+    given, ask = [], timm_sd.hub.get_hf_file_metadata
+
+    def recorded(*args, timeout=None, **kwargs):
+        given.append(timeout)
+        return ask(*args, timeout=timeout, **kwargs)
+    monkeypatch.setattr(timm_sd.hub, 'get_hf_file_metadata', recorded)
+    return given
+
+
 def assert_holds(model, content):
     tensors, state = safetensors.torch.load(content), model.state_dict()
     assert tensors.keys() == state.keys()
     assert all(torch.equal(tensors[name], state[name]) for name in tensors)
 
 
-def error_of(load, **kwargs):
+def error_of(load, kind=(OSError, RuntimeError), **kwargs):
     """What a load that fails says: one line that names the network and the file."""
-    with pytest.raises((OSError, RuntimeError)) as caught:
+    with pytest.raises(kind) as caught:
         load(**kwargs)
     assert type(caught.value) in (OSError, RuntimeError)
     text = str(caught.value)
@@ -80,7 +92,7 @@ def test_a_newer_commit_is_loaded_and_a_pinned_one_stays(hub, load):
 
 
 @pytest.mark.parametrize('fault', ['503', 'silent'])
-def test_where_the_hub_does_not_answer_the_cache_does(hub, load, monkeypatch, fault):
+def test_where_the_hub_does_not_answer_the_cache_does(hub, load, timeouts, monkeypatch, fault):
     monkeypatch.setattr(timm_sd.hub, 'TIMEOUT_SECONDS', 0.2)
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     load()
@@ -88,6 +100,7 @@ def test_where_the_hub_does_not_answer_the_cache_does(hub, load, monkeypatch, fa
     hub.requests.clear()
     assert_holds(load(), good_weights())
     assert hub.requests  # it was asked first
+    assert timeouts == [0.2, 0.2]
 
 
 @pytest.mark.parametrize(('constant', 'value'), [
@@ -115,6 +128,15 @@ def test_the_given_cache_is_the_one_that_is_filled(hub, load, tmp_path):
     assert not [folder for folder, _, _ in os.walk(os.environ['HF_HOME']) if NAME in folder]
 
 
+def test_without_a_given_cache_the_hubs_own_is_filled_and_read(hub, load, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'own'))
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', offline)
+        assert_holds(timm.create_model(NAME, pretrained=True), good_weights())
+    assert [path.read_bytes() for path in (tmp_path / 'own').rglob('model.safetensors')] == [good_weights()]
+
+
 def test_a_private_repository_loads_with_a_token(hub, load, monkeypatch):
     hub.repo(f'our/{NAME}', private=True).commit({'model.safetensors': good_weights()})
     monkeypatch.setenv('HF_TOKEN', Hub.TOKEN)
@@ -140,7 +162,7 @@ def test_the_arguments_are_left_alone_and_load_twice(hub, load):
     (lambda: {'model.safetensors': safetensors.torch.save({'fc.weight': torch.zeros(3, 3)})}, False,
      ['do not fit', 'Missing key']),
 ], ids=['no repository', 'private', 'a pickle', 'a broken header', 'other tensors'])
-def test_what_lies_on_the_hub_is_not_what_was_looked_for(hub, load, files, private, words):
+def test_wrong_files_on_the_hub_are_named(hub, load, files, private, words):
     if files is not None:
         hub.repo(f'our/{NAME}', private=private).commit(files() if callable(files) else files)
     said = error_of(load)
@@ -160,14 +182,16 @@ def test_without_organisation_it_says_what_was_tried(hub, load, monkeypatch):
 
 
 @pytest.mark.parametrize(('fault', 'questions'), [('503', 1), ('silent', 2)])  # the client asks a silent one twice
-def test_a_hub_that_does_not_answer_is_given_up_and_asked_again_later(hub, load, monkeypatch, fault, questions):
+def test_a_hub_that_does_not_answer_is_given_up_and_asked_again_later(hub, load, timeouts, monkeypatch, fault,
+                                                                      questions):
     allowed = timm_sd.hub.TIMEOUT_SECONDS
     monkeypatch.setattr(timm_sd.hub, 'TIMEOUT_SECONDS', 0.2)
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     hub.fault = fault
-    said = error_of(load)
+    said = error_of(load, kind=OSError)
     assert all(word in said for word in ('model.safetensors', 'does not answer', 'pretrained=False')), said
     assert len(hub.requests) <= questions
+    assert timeouts == [0.2]
     assert questions * allowed < 5  # seconds
     hub.fault = None
     assert_holds(load(), good_weights())

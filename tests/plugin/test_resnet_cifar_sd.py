@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import timm_sd
 from support import reference
-from support.networks import pictures, toy
+from support.networks import force, pictures, toy
 
 # blocks of each depth, by hand
 BLOCKS = {20: 9, 32: 15, 38: 18, 44: 21, 56: 27, 74: 36, 92: 45, 110: 54, 152: 75, 1202: 600}
@@ -109,11 +109,13 @@ def test_equals_the_reference_over_five_updates(scale):
 
 
 def test_bfloat16_channels_last_keeps_the_layout():
-    model = toy(drop_path_seed=1).to(memory_format=torch.channels_last).train()
+    model = toy().to(memory_format=torch.channels_last).train()
     x = pictures().contiguous(memory_format=torch.channels_last)
-    with torch.autocast('cpu', torch.bfloat16):
-        features = model.forward_features(x)
-    assert features.is_contiguous(memory_format=torch.channels_last)
+    for gates in ([True] * 3, [True, False, True], [False] * 3):
+        force(model, gates)
+        with torch.autocast('cpu', torch.bfloat16):
+            features = model.forward_features(x)
+        assert features.is_contiguous(memory_format=torch.channels_last), gates
 
 
 def test_odd_image_sizes():

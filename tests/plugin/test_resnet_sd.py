@@ -10,7 +10,7 @@ import timm_sd
 from support.networks import Naive, blocks_of, force
 from timm_sd.resnet_sd import StochasticDepthResNet
 
-SMALL = dict(layers=(2, 1, 1, 1), channels=(16, 16, 24, 32), num_classes=10)
+NARROW = dict(layers=(2, 1, 1, 1), channels=(16, 16, 24, 32), num_classes=10)
 VARIANTS = {
     'basic': dict(block=BasicBlock),
     'bottleneck': dict(block=Bottleneck),
@@ -22,7 +22,7 @@ VARIANTS = {
 
 def network(cls, variant, **kwargs):
     torch.manual_seed(0)
-    return cls(**SMALL, **VARIANTS[variant], **kwargs)
+    return cls(**NARROW, **VARIANTS[variant], **kwargs)
 
 
 def images(n=4):

@@ -66,7 +66,7 @@ def test_the_number_of_samples_is_rounded_and_never_zero(rate, n, count):
     assert ran == [count]
 
 
-def test_a_subset_of_nothing():
+def test_an_empty_batch_passes():
     model = network(rate=0.5).train()
     assert model(pictures(0)).shape == (0, 10)
 

@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.server.requests.append(f'{self.command} {path}')
         if self.server.fault == 'silent':
-            self.server.released.wait(60)
+            self.server.released.wait(600)
             self.close_connection = True
             return
         if self.server.fault == '503':

@@ -27,41 +27,41 @@ def _bottleneck(d, c, s):
 
 
 # for networks that take any size but ask for a large one; the others have img_size
-SMALL_INPUT = dict(pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
-RESNET = dict(SMALL_INPUT, layers=(2, 1, 1, 1), channels=(16, 16, 32, 32))
-META = dict(SMALL_INPUT, depths=(2, 1, 1, 1), dims=(16, 16, 32, 32))
+INPUT_64 = dict(pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
+RESNET = dict(INPUT_64, layers=(2, 1, 1, 1), channels=(16, 16, 32, 32))
+META = dict(INPUT_64, depths=(2, 1, 1, 1), dims=(16, 16, 32, 32))
 TRANSFORMER = dict(depth=3, embed_dim=48, num_heads=3, img_size=64)
 
 # What is beside the branch is the identity alone where nothing is said.
 KINDS = {
-    'test_resnet': Kind(SMALL_INPUT, 4),  # downsample, then act2 or act3
+    'test_resnet': Kind(INPUT_64, 4),  # downsample, then act2 or act3
     'resnet33ts': Kind(  # shortcut, then act, an activation that isn't a ReLU
-        dict(SMALL_INPUT, blocks=(_bottleneck(2, 32, 2), _bottleneck(1, 48, 2)), stem_chs=16, num_features=64), 3),
+        dict(INPUT_64, blocks=(_bottleneck(2, 32, 2), _bottleneck(1, 48, 2)), stem_chs=16, num_features=64), 3),
     'nf_regnet_b0': Kind(  # blocks that stay open
-        dict(SMALL_INPUT, depths=(1, 2, 1, 1), channels=(16, 16, 24, 32), group_size=8, num_features=32), 1, 4),
-    'test_convnext': Kind(SMALL_INPUT, 9),
+        dict(INPUT_64, depths=(1, 2, 1, 1), channels=(16, 16, 24, 32), group_size=8, num_features=32), 1, 4),
+    'test_convnext': Kind(INPUT_64, 9),
     'test_vit': Kind(dict(img_size=64), 6),  # two slots a block
     'swin_tiny_patch4_window7_224': Kind(
         dict(embed_dim=24, depths=(1, 2, 1), num_heads=(1, 2, 3), img_size=64, window_size=4), 4),
     'davit_tiny': Kind(  # cpe1, then cpe2
-        dict(SMALL_INPUT, depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2)), 8),
+        dict(INPUT_64, depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2)), 8),
     'xcit_nano_12_p16_224': Kind(TRANSFORMER, 3, 2),  # three slots a block
     'caformer_s18': Kind(META, 5),  # res_scale1, then res_scale2
-    'mobilenetv2_035': Kind(SMALL_INPUT, 10),  # blocks without a shortcut between them
-    'fastvit_t8': Kind(dict(SMALL_INPUT, layers=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32)), 4),  # a single module
+    'mobilenetv2_035': Kind(INPUT_64, 10),  # blocks without a shortcut between them
+    'fastvit_t8': Kind(dict(INPUT_64, layers=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32)), 4),  # a single module
     'resnext50_32x4d': Kind(dict(RESNET, cardinality=4, base_width=16), 5),
     'seresnet18': Kind(RESNET, 5),
-    'regnetx_002': Kind(dict(SMALL_INPUT, depth=8, w0=8, group_size=8), 8),
+    'regnetx_002': Kind(dict(INPUT_64, depth=8, w0=8, group_size=8), 8),
     'deit_tiny_patch16_224': Kind(TRANSFORMER, 3),
     'beit_base_patch16_224': Kind(TRANSFORMER, 3),
     'eva02_tiny_patch14_224': Kind(dict(TRANSFORMER, img_size=56), 3),
     'mixer_s32_224': Kind(dict(num_blocks=2, embed_dim=48, img_size=64), 2),
     'poolformer_s12': Kind(META, 5),
     'hiera_tiny_224': Kind(dict(stages=(1, 2, 2, 1), embed_dim=24, img_size=64), 3, 3),
-    'mobilenetv3_small_050': Kind(SMALL_INPUT, 7),
+    'mobilenetv3_small_050': Kind(INPUT_64, 7),
     'coatnet_pico_rw_224': Kind(  # the shortcut module of two kinds of block
         dict(depths=(1, 1, 2, 1), embed_dim=(32,) * 4, stem_width=(16, 32), img_size=64), 5),
-    'swiftformer_xs': Kind(dict(SMALL_INPUT, layers=(2, 1, 1, 1), embed_dims=(16, 16, 32, 32)), 5, 4),
+    'swiftformer_xs': Kind(dict(INPUT_64, layers=(2, 1, 1, 1), embed_dims=(16, 16, 32, 32)), 5, 4),
 }
 each_kind = pytest.mark.parametrize('name', KINDS)
 

@@ -10,7 +10,7 @@ from timm_sd.resnet_cifar_sd import ResNetCifar
 
 
 def toy(blocks_per_stage=1, **kwargs):
-    """The paper's network with three blocks, or three times as many: one of each stage, two of them downsampling.
+    """The paper's network with three stages of `blocks_per_stage` blocks each.
 
     The same weights each time. Its rates are 1/6, 1/3 and 1/2 unless `kwargs` say otherwise.
     """

@@ -29,7 +29,7 @@ def on_two_ranks(*functions, seconds=300):
     assert result.returncode == 0, result.stderr
 
 
-def run(names):
+def failures(names):
     """The names, MODULE:FUNCTION, of those that failed."""
     failed = []
     for name in names:
@@ -43,5 +43,5 @@ def run(names):
 
 
 if __name__ == '__main__':
-    missed = run(sys.argv[1:])
+    missed = failures(sys.argv[1:])
     sys.exit(f'failed on two ranks: {", ".join(missed)}' if missed else 0)

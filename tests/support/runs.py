@@ -1,9 +1,10 @@
-"""Finished runs: those that are kept in bench/results/runs, and such as they, made up."""
+"""Finished runs: the kept ones, and results.json files made for a test."""
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 
-import yaml
-
+from harness.recipes import parse_train_flags
 from support.commands import BENCH
 
 KEPT = BENCH / 'results' / 'runs'
@@ -16,8 +17,13 @@ def kept_runs():
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(KEPT.glob('*/results.json'))}
 
 
-# Flags that make no other training, which a run doesn't count among what it changed.
-NO_CHANGE = {'config', 'seed', 'amp', 'threads', 'data_dir', 'grad_checkpointing', 'experiment'}
+# Flags that do not change what is trained.
+NO_CHANGE = {'config', 'seed', 'amp', 'threads', 'data_dir', 'grad_checkpointing', 'experiment', 'log_gradients'}
+
+
+@cache
+def flags_of(recipe):
+    return vars(parse_train_flags(['-c', recipe]))
 
 
 def made_up(error=None, seed=0, hardware=None, epoch_seconds=None, dataset=None, **flags):
@@ -26,11 +32,11 @@ def made_up(error=None, seed=0, hardware=None, epoch_seconds=None, dataset=None,
     args = results['args']
     args.update(flags, seed=seed)
     recipe = Path(args['config']).stem
-    said = yaml.safe_load((BENCH / 'recipes' / f'{recipe}.yaml').read_text())
+    said = flags_of(recipe)
     changed = {**results['changed_from_recipe'], **{key: flags[key] for key in flags.keys() - NO_CHANGE}}
     results.update(
         recipe=recipe, model=args['model'], epochs=args['epochs'], seed=seed, drop_path_rate=args['drop_path'],
-        changed_from_recipe={key: value for key, value in changed.items() if said.get(key) != value})
+        changed_from_recipe={key: value for key, value in changed.items() if said[key] != value})
     results['hardware'].update(hardware or {})
     if error is not None:
         results['test_best']['top1_err'] = error
@@ -41,15 +47,18 @@ def made_up(error=None, seed=0, hardware=None, epoch_seconds=None, dataset=None,
     return results
 
 
-def summary(rows):
-    """A summary.csv of these rows."""
+def write_summary(path, rows):
+    """Makes it the summary.csv of these rows."""
     lines = [','.join(rows[0]), *(','.join(map(str, row.values())) for row in rows)]
-    return '\n'.join(lines) + '\n'
+    path.write_text('\n'.join(lines) + '\n')
 
 
-def keep(results_folder, name, results, rows=None):
+def add_run(results_folder, name, results, rows=None):
     """Puts a finished run under `results_folder`/runs/."""
     place = results_folder / 'runs' / name
     place.mkdir(parents=True)
     (place / 'results.json').write_text(json.dumps(results))
-    (place / 'summary.csv').write_text(summary(rows) if rows else (TEMPLATE / 'summary.csv').read_text())
+    if rows:
+        write_summary(place / 'summary.csv', rows)
+    else:
+        shutil.copy(TEMPLATE / 'summary.csv', place)

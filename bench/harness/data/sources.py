@@ -80,7 +80,10 @@ def _hub_answers(name: str, revision: str | None) -> bool:
 
 @contextmanager
 def _cache_alone() -> Iterator[None]:
-    """Within it `datasets` reads its cache alone. It would ask a Hub that gives no answer for 30 seconds."""
+    """Within it `datasets`, in all threads of this process, reads its cache alone.
+
+    It would ask a Hub that gives no answer for 30 seconds, and has no argument against that.
+    """
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:

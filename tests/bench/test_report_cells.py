@@ -1,0 +1,114 @@
+"""The reproduction report of all trainings of the paper, made up at two budgets: every error is in its own cells."""
+from collections import Counter
+
+import pytest
+
+from harness.recipes import parse_train_flags
+from paper.experiments import TARGETS, Experiment
+from support.commands import run_here
+from support.markdown import pictures, sections, tables
+from support.runs import add_run, made_up
+
+EPOCHS = {'full': '500', 'short': '8'}
+TABLE1 = {
+    'CIFAR-10+': (dict(), ('500', '8')),
+    'CIFAR-100+': (dict(recipe='cifar100'), ('500', '8')),
+    'SVHN': (dict(recipe='svhn', depth=152), ('50', '4')),
+    'ImageNet, top-1': (dict(recipe='imagenet', depth=152), ('120', '4')),
+    'CIFAR-10': (dict(augment=False), ('500', '8')),
+    'CIFAR-100': (dict(recipe='cifar100', augment=False), ('500', '8')),
+}
+
+
+class Errors(dict):
+    """The made-up error of each experiment and budget, and how often it was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = Counter()
+
+    def of(self, budget, **kwargs):
+        self.asked[Experiment(**kwargs), budget] += 1
+        return self[Experiment(**kwargs), budget]
+
+
+@pytest.fixture(scope='module')
+def errors():
+    found = Errors()
+    for budget in EPOCHS:
+        for run in TARGETS['all']:
+            found[run, budget] = f'{50 + len(found) / 100:.2f}'  # no figure of the paper
+    return found
+
+
+@pytest.fixture(scope='module')
+def folder(errors, tmp_path_factory):
+    """Of the report on a made-up run of each experiment at each budget."""
+    root = tmp_path_factory.mktemp('results')
+    for number, ((run, budget), error) in enumerate(errors.items()):
+        add_run(root, f'run {number}', made_up(float(error), **vars(parse_train_flags(run.flags(budget, 0, None)))))
+    result = run_here('reproduce.py', 'report', '--results', root)
+    assert result.returncode == 0, result.stderr
+    return root / 'reproduction'
+
+
+@pytest.fixture(scope='module')
+def text(folder):
+    return (folder / 'REPRODUCTION.md').read_text()
+
+
+def ending_in(p_last, schedule='linear'):
+    """How p_L and the schedule say it of an experiment; at p_L = 1 the schedule decides nothing."""
+    return dict(drop_path=0.) if p_last == '1' else dict(drop_path=round(1 - float(p_last), 1), schedule=schedule)
+
+
+def test_every_error_is_in_its_own_cells_and_in_no_other(text, errors):
+    parts = sections(text)
+    (_, *rows), = tables(parts['Table 1: test error'])
+    expected = [[name, errors.of(budget, drop_path=0., **network), errors.of(budget, **network), epochs, budget]
+                for name, (network, all_epochs) in TABLE1.items()
+                for budget, epochs in zip(EPOCHS, all_epochs, strict=True)]
+    assert [[row[0], *row[3:7]] for row in rows] == expected
+
+    (_, *rows), = tables(parts['1202 layers'])
+    network = dict(recipe='cifar10_1202', depth=1202)
+    assert [row[3:7] for row in rows] == [
+        [errors.of(budget, drop_path=0., **network), errors.of(budget, **network), epochs, budget]
+        for budget, epochs in (('full', '300'), ('short', '8'))]
+
+    left = tables(parts['Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+'])
+    for budget, (head, *rows) in zip(EPOCHS, left, strict=True):
+        ours = {row[0]: row[1:] for row in rows}
+        assert len(head) == 1 + 10
+        for schedule in ('linear', 'uniform'):
+            lowest = 0.1 if schedule == 'linear' else 0.3
+            assert ours[f'{budget}, {EPOCHS[budget]} epochs, {schedule}'] == [
+                errors.of(budget, **ending_in(p_last, schedule)) if float(p_last) >= lowest else ''
+                for p_last in head[1:]]
+
+    right = tables(parts['Figure 8, right: depth and p_L on CIFAR-10+, linear decay'])
+    for budget, (_, *rows) in zip(EPOCHS, right, strict=True):
+        assert [row[0] for row in rows] == ['1', '0.9', '0.8', '0.7', '0.6', '0.5']
+        for p_last, *cells in rows:
+            assert [cell.partition(' / ')[2] for cell in cells] == [
+                errors.of(budget, depth=depth, **ending_in(p_last)) for depth in (20, 38, 56, 74, 92, 110)]
+
+    (_, *rows), = tables(parts['Beyond the paper: what is dropped'])
+    expected = []
+    for budget in EPOCHS:
+        expected += [['nothing', '', '0.1', errors.of(budget, drop_path=0.)],
+                     ['batch', 'eval', '0.1', errors.of(budget)]]
+        expected += [[mode, 'train', '0.01', errors.of(budget, mode=mode, scale='train', lr=0.01)]
+                     for mode in ('batch', 'sample', 'subset')]
+        expected += [[mode, 'train', '0.1', ''] for mode in ('batch', 'sample', 'subset')]  # not made up
+    assert [row[:4] for row in rows] == expected
+
+    assert errors.asked.keys() == errors.keys()
+    cells = Counter(cell.rpartition(' / ')[2] for part in tables(text) for row in part for cell in row)
+    assert {run: cells[error] for run, error in errors.items()} == dict(errors.asked)
+
+
+def test_each_budget_has_its_four_pictures(folder, text):
+    names = {f'{figure}-{budget}.png' for figure in ('fig3', 'fig7', 'fig8_left', 'fig8_right') for budget in EPOCHS}
+    assert set(pictures(text)) == {path.name for path in folder.glob('*.png')} == names
+    assert all((folder / name).stat().st_size > 10_000 for name in names)
