@@ -23,7 +23,7 @@ from harness.run_folder import RunFolder, without_paths
 
 @dataclass(frozen=True)
 class UploadSettings:
-    """Of the upload."""
+    """Upload."""
     private: bool = flag(False, 'create the repository as a private one')
     revision: str | None = flag(None, 'branch to commit to')
     create_pr: bool = flag(False, 'open a pull request')
