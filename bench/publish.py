@@ -42,8 +42,9 @@ def compare(results: dict[str, Any]) -> Comparison:
     return Comparison(numbers.error_of(name), numbers.EPOCHS.get(results['recipe']), saving)
 
 
-def bundle(run_folder: Path, results: dict[str, Any]) -> None:
+def bundle(run_folder: Path) -> None:
     """Copies a finished run's weights into the package and its results under hub_cards/."""
+    results = read_run(run_folder)
     name = full_name(results)
     if name.partition('.')[2] not in DATASETS:
         raise UserError(f'the package holds no {name}, only the tags {", ".join(DATASETS)}; publish it with --repo')
@@ -59,16 +60,18 @@ def main() -> None:
     add_flags(parser, TargetSettings, UploadSettings)
     args = parser.parse_args()
     run_folder, target = args.run_folder, make_settings(TargetSettings, args)
-    if target.repo is None and not target.bundle:
+    if target.bundle:
+        bundle(run_folder)
+        return
+    if target.repo is None:
         raise UserError('--repo is not given; give ORG/NAME, or --bundle')
     results = read_run(run_folder)
-    if target.bundle or target.repo is None:
-        bundle(run_folder, results)
-    elif target.dry_run:
-        write_repository(run_folder, results, compare(results), run_folder / 'hub', target.repo)
+    comparison = compare(results)
+    if target.dry_run:
+        write_repository(run_folder, results, comparison, run_folder / 'hub', target.repo)
         print(f'wrote {run_folder / "hub"}')
     else:
-        print(upload(run_folder, results, compare(results), target.repo, make_settings(UploadSettings, args)))
+        print(upload(run_folder, results, comparison, target.repo, make_settings(UploadSettings, args)))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,6 @@ import statistics
 
 import timm_sd
 from harness.cli import Parser, add_flags, make_settings, run_script
-from harness.files import make_folder
 from paper.experiments import BY_MODE, TARGETS, Experiment
 from paper.report import Report
 from paper.runs import ChoiceSettings, Run, RunSettings, choose_runs, results_folder, train
@@ -81,7 +80,6 @@ def main() -> None:
     choice, settings = make_settings(ChoiceSettings, flags), make_settings(RunSettings, flags)
     if flags.target == 'report':
         folder = results_folder(settings, choice.budget)
-        make_folder(folder, '--results')
         variants = {mode: Variant(mode, run.drop_path, run.schedule, run.scale) for mode, run in BY_MODE.items()}
         print(Report(folder, ratios(folder / 'timing', variants)).write())
         return

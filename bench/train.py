@@ -79,7 +79,7 @@ def main() -> None:
         trainer.train(resume=flags.folder.resume is not None)
         results = finish(trainer, flags)
     if accelerator.is_main_process:
-        print(closing_lines(trainer.folder.path, results), file=sys.stderr)
+        print(closing_lines(trainer.folder, results), file=sys.stderr)
         if not sys.stdout.isatty():  # for scripts; a person has results.json
             print(json.dumps(dict(run_folder=str(trainer.folder.path), **results)))
     accelerator.end_training()

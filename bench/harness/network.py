@@ -41,8 +41,7 @@ class DepthSettings:
 
 
 def registered_name(name: str) -> str:
-    """The registered name that timm's `name` means; for a Hub repository or a folder it is read from
-    config.json.
+    """The registered name that timm's `name` means; that of a Hub repository or a folder stands in its config.json.
 
     Raises:
         UserError: If there is none, with the nearest names.

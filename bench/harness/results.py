@@ -7,6 +7,7 @@ import timm_sd
 from harness.machine import versions
 from harness.plots import save_curves
 from harness.recipes import TrainFlags, changed_from_recipe
+from harness.run_folder import RunFolder
 from harness.training import Trainer
 
 
@@ -59,7 +60,6 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
         best_epoch=progress.best_epoch, val_top1_err=round(100 - progress.best_top1, 4),
         val_top1_err_last=round(100 - progress.rows[-1]['eval_top1'], 4), test_best=best, test_last=last,
-        train_seconds=round(sum(row['train_seconds'] for row in progress.rows), 2),
         epoch_seconds=round(epoch_seconds, 2),
         images_per_second=round(given['images']['train'] / epoch_seconds, 1),
         hardware=place, versions=versions(), args=flags.record)
@@ -75,11 +75,12 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     return results
 
 
-def closing_lines(folder: Path, results: dict[str, Any]) -> str:
+def closing_lines(folder: RunFolder, results: dict[str, Any]) -> str:
     """Three lines for a person: where the run is, its test error, its time."""
+    seconds = sum(row['train_seconds'] for row in folder.read_summary())
     best, last = results['test_best']['top1_err'], results['test_last']['top1_err']
-    return (f'run folder  {folder}\n'
+    return (f'run folder  {folder.path}\n'
             f'test error  {best:.2f} % (weights of epoch {results["best_epoch"] + 1}), {last:.2f} % (last epoch, '
             f'{results["epochs"]})\n'
-            f'time        {results["train_seconds"]:.0f} s of training, {results["epoch_seconds"]:.1f} s an epoch '
+            f'time        {seconds:.0f} s of training, {results["epoch_seconds"]:.1f} s an epoch '
             f'(median), {results["images_per_second"]:.0f} images/s')

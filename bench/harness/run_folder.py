@@ -4,6 +4,7 @@
     summary.csv          one row an epoch                model.safetensors    the best epoch's weights, plain network
     checkpoints/         what --resume goes on from      curves.png
 """
+import csv
 import fcntl
 import io
 import json
@@ -25,7 +26,7 @@ from torch import nn
 
 from harness.cli import flag
 from harness.errors import UserError, one_line
-from harness.files import read_parts, write_atomic, write_csv, write_json, write_parts
+from harness.files import make_folder, read_parts, write_atomic, write_csv, write_json, write_parts
 
 # Flags that change nothing that is computed: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
@@ -62,11 +63,7 @@ class RunFolder:
         Raises:
             UserError: If the folder can't be written.
         """
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'output folder {self.path} can not be written ({error.strerror}); '
-                            'choose another with --output') from error
+        make_folder(self.checkpoints, '--output')
         if not (self.path / 'args.yaml').exists():
             write_atomic(self.path / 'args.yaml', yaml.safe_dump(flags).encode())
 
@@ -96,6 +93,11 @@ class RunFolder:
         """results.json, or None before the run is complete."""
         path = self.path / 'results.json'
         return json.loads(path.read_text()) if path.exists() else None
+
+    def read_summary(self) -> list[dict[str, float]]:
+        """The rows of summary.csv."""
+        with (self.path / 'summary.csv').open() as file:
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
     def epochs_written(self) -> int:
         """Rows of summary.csv, while the run goes on too; 0 before there is one."""

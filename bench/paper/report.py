@@ -3,7 +3,6 @@
 A figure is the test error at the epoch of the lowest validation error, in percent, and the mean over seeds with its
 standard deviation where there are several. What was not run is an empty cell.
 """
-import csv
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from harness.errors import UserError
 from harness.files import make_folder, write_atomic
 from harness.recipes import read_recipe
+from harness.run_folder import RunFolder
 from paper import numbers
 from paper.experiments import (
     BUDGETS,
@@ -127,8 +127,7 @@ class Report:
             if run['seed'] in (other['seed'] for other in found.results):
                 raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
             found.results.append(run)
-            found.rows.append([{key: float(value) for key, value in row.items()}
-                               for row in csv.DictReader(path.with_name('summary.csv').read_text().splitlines())])
+            found.rows.append(RunFolder(path.parent).read_summary())
 
     def find(self, experiment: Experiment, budget: str) -> Found:
         """Its finished runs."""

@@ -17,7 +17,7 @@ from harness.machine import hardware
 from harness.network import DepthSettings, NetworkSettings, build_network, first_branch_weight
 from harness.results import closing_lines
 from harness.run_folder import RunFolder
-from support.commands import assert_same_run, read_csv, read_results, run_here, summary, weights
+from support.commands import ROOT, assert_same_run, read_csv, read_results, run_here, summary, weights
 
 
 def before_each_update(monkeypatch, look):
@@ -68,7 +68,7 @@ def test_weights_are_a_plain_network_with_their_origin(finished):
 def test_it_ends_with_three_lines_for_a_person_and_a_json_for_scripts(finished, toy_flags):
     folder, result = finished
     lines = result.stderr.splitlines()[-3:]
-    assert '\n'.join(lines) == closing_lines(folder, read_results(folder))
+    assert '\n'.join(lines) == closing_lines(RunFolder(folder), read_results(folder))
     again = [*toy_flags, '--output', folder.parent, '--experiment', folder.name, '--resume', 'auto']
     said = run_here('train.py', *again)  # complete: says so at once
     assert (said.returncode, said.stdout) == (0, result.stdout)
@@ -80,14 +80,24 @@ def test_it_ends_with_three_lines_for_a_person_and_a_json_for_scripts(finished, 
 
 def test_closing_lines_are_the_folder_the_errors_and_the_time(tmp_path):
     """Epochs count from one there."""
-    folder, error, seconds = closing_lines(tmp_path, dict(
-        test_best=dict(top1_err=5.254), test_last=dict(top1_err=5.5), best_epoch=6, epochs=10, train_seconds=34.8,
-        epoch_seconds=3.26, images_per_second=812.3)).splitlines()
+    RunFolder(tmp_path).write_summary([dict(train_seconds=30.3), dict(train_seconds=4.5)])
+    folder, error, seconds = closing_lines(RunFolder(tmp_path), dict(
+        test_best=dict(top1_err=5.254), test_last=dict(top1_err=5.5), best_epoch=6, epochs=10, epoch_seconds=3.26,
+        images_per_second=812.3)).splitlines()
     assert folder == f'run folder  {tmp_path}'
     assert error.startswith('test error  ')
     assert re.findall(r'[0-9.]+', error) == ['5.25', '7', '5.50', '10']
     assert seconds.startswith('time        ')
     assert re.findall(r'[0-9.]+', seconds) == ['35', '3.3', '812']
+
+
+def test_a_run_of_an_older_version_is_told_too():
+    """Its results.json may lack what was added since."""
+    folder = ROOT / 'hub_cards' / 'sd_resnet20_cifar.c10'
+    _, error, seconds = closing_lines(RunFolder(folder), read_results(folder)).splitlines()
+    assert re.findall(r'[0-9.]+', error) == ['8.56', '45', '8.56', '45']
+    total = sum(float(row['train_seconds']) for row in read_csv(folder / 'summary.csv'))
+    assert re.findall(r'[0-9.]+', seconds)[0] == f'{total:.0f}'
 
 
 def test_learning_rate_of_every_update(toy_flags, tmp_path, monkeypatch):
@@ -191,7 +201,7 @@ def test_the_time_is_that_of_where_the_run_ended(toy_flags, tmp_path, elsewhere)
     expected = last if elsewhere else 1000.  # the only one, or the median of three
     assert results['epoch_seconds'] == round(expected, 2)
     assert results['images_per_second'] == pytest.approx(36 / expected, abs=0.05)
-    assert results['train_seconds'] == pytest.approx(3000 + last, abs=0.01)  # wherever they were
+    assert f'time        {3000 + last:.0f} s of training' in result.stderr  # wherever they were
 
 
 @pytest.mark.parametrize(('processes', 'asked', 'expected'), [(1, None, 6), (3, None, 2), (8, None, 1), (3, 5, 5)])
