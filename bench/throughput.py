@@ -5,6 +5,7 @@
     python bench/throughput.py --model resnet50 vit_small_patch16_224 --drop-path-schedule uniform -b 8
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
+    python bench/throughput.py --host --rounds 400                    # Python and autograd of a block's gate
 
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
@@ -25,6 +26,7 @@ from harness.machine import hardware, versions
 from harness.network import registered_name
 from timing.contestants import CONSTANT, DROPS, Contestant, StepSettings, Variant, build, has_stages
 from timing.end_to_end import EndToEndSettings
+from timing.host import host_costs
 from timing.plots import save_ratios, save_sweep
 from timing.rows import flat, measure, measure_epochs, measure_sweep
 
@@ -53,6 +55,7 @@ class MeasurementSettings:
     sweep: bool = flag(False, 'how the cost grows with depth, batch and p_L')
     profile: bool = flag(False, 'the operators of a step, with their times and counts')
     end_to_end: bool = flag(False, 'whole epochs of train.py, on the CPU')
+    host: bool = flag(False, 'what the gate of a block costs the host, in microseconds')
     output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
 
@@ -84,8 +87,8 @@ def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end
         registered_name(name)
         if what.sweep and not has_stages(name):
             raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
-    if what.sweep + what.profile + what.end_to_end > 1:
-        raise UserError('--sweep, --profile and --end-to-end measure different things; give one of them')
+    if what.sweep + what.profile + what.end_to_end + what.host > 1:
+        raise UserError('--sweep, --profile, --end-to-end and --host measure different things; give one of them')
     if min(contestants.drop_path) == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
     if 'constant' not in contestants.modes:
@@ -96,11 +99,13 @@ def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end
 
 
 def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Writes JSON, CSV and a picture. Paths lose their folders, which mean nothing on another machine."""
+    """Writes JSON, CSV and, of ratios, a picture. Paths lose their folders, which mean nothing on another machine."""
     args = dict(flags, output=prefix.name, **{
         key: flags[key] and Path(flags[key]).name for key in ('timm_train', 'data_dir')})
     write_json(prefix.with_suffix('.json'), dict(rows=rows, args=args, hardware=machine, versions=versions()))
     write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
+    if flags['host']:
+        return
     (save_sweep if flags['sweep'] else save_ratios)(rows, prefix.with_suffix('.png'))
 
 
@@ -112,7 +117,7 @@ def main() -> None:
     contestants, steps = make_settings(ContestantSettings, flags), make_settings(StepSettings, flags)
     end_to_end, what = make_settings(EndToEndSettings, flags), make_settings(MeasurementSettings, flags)
     check(contestants, what, end_to_end)
-    accelerator = Accelerator(cpu=what.end_to_end)  # end to end, train.py runs on the CPU too
+    accelerator = Accelerator(cpu=what.end_to_end or what.host)  # end to end, train.py runs on the CPU too
     amp = default_amp(accelerator.device.type) if steps.amp is None else steps.amp
     rate, variants = contestants.drop_path[0], contestants.variants()
     if what.profile:
@@ -120,14 +125,20 @@ def main() -> None:
             for variant in variants:
                 print_profile(name, variant, steps)
         return
-    if what.sweep:
+    if what.host:
+        rows = host_costs(steps.rounds)
+    elif what.sweep:
         rows = measure_sweep(contestants.model[0], rate, contestants.drop_path_schedule, steps)
     elif what.end_to_end:
         rows = [row for name in contestants.model
                 for row in measure_epochs(name, rate, steps.batch_size, amp, end_to_end)]
     else:
         rows = [row for name in contestants.model for row in measure(name, variants, steps)]
-    print_table(rows)
+    if what.host:
+        for row in rows:
+            print('{name:40}{median:7.1f} us   {q1:.1f} to {q3:.1f}'.format(**row, **row['microseconds']))
+    else:
+        print_table(rows)
     if what.output:
         write(Path(what.output), rows, vars(flags), hardware(accelerator, amp))
 

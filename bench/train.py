@@ -51,7 +51,7 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
     gates, rate, network = trainer.gates, last_drop_rate(trainer, flags), flags.network
     if rate == 0:
         depth = 'constant depth'
-    elif gates is None:
+    elif gates is None or gates.mode == 'sample':
         depth = f"p_L {1 - rate:g}, timm's DropPath"
     else:
         depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'

@@ -2,8 +2,8 @@
 from . import resnet_cifar_sd as _resnet_cifar_sd  # noqa: F401  (registers the models)
 from . import resnet_sd as _resnet_sd  # noqa: F401
 from .convert import add_stochastic_depth, remove_stochastic_depth
-from .gates import SCHEDULES, DepthGates, drop_path_rates
-from .stochastic_depth import MODES, SCALES, compile_blocks, depth_gates
+from .gates import MODES, SCALES, SCHEDULES, DepthGates, drop_path_rates
+from .stochastic_depth import compile_blocks, depth_gates
 
 __version__ = '0.1.0'
 __all__ = [

@@ -1,15 +1,24 @@
-"""The gates of stochastic depth: how likely each block is dropped, and the draws of one network.
+"""The gates of stochastic depth: how likely each block is dropped, and which blocks are open in a forward pass.
 
 A draw is made on the host before the block runs, once for the mini-batch and identically on every rank.
 """
 import random
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 SCHEDULES = ('linear', 'uniform')
+MODES = ('batch', 'subset', 'sample')
+SCALES = ('train', 'eval')
+
+# A recomputation finds its own pass among so many of the last ones.
+REMEMBERED_PASSES = 100
+# A pass that has the random numbers of one of so many before it is found out.
+REMEMBERED_BEGINNINGS = 100_000
+
+_lock = threading.Lock()
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -36,11 +45,19 @@ def drop_path_rates(depth: int, drop_path_rate: float, schedule: str = 'linear')
         ValueError: If the rate or the schedule isn't one of these.
     """
     check_choice('drop_path_schedule', schedule, SCHEDULES)
-    if not 0. <= drop_path_rate < 1.:
-        raise ValueError(f'drop_path_rate is {drop_path_rate}; it must lie in [0, 1)')
+    _check_rate('drop_path_rate', drop_path_rate)
     if schedule == 'uniform':
         return [drop_path_rate] * depth
     return [drop_path_rate * block / depth for block in range(1, depth + 1)]
+
+
+def _check_rate(name: str, rate: Any) -> float:
+    try:
+        if 0. <= float(rate) < 1.:
+            return float(rate)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f'{name} is {rate}; it must be a number in [0, 1)')
 
 
 class Draw(NamedTuple):
@@ -48,82 +65,253 @@ class Draw(NamedTuple):
 
     Attributes:
         open: One bool a block.
+        rates: The drop path rates they were drawn with.
         key: What they were drawn from; the subsets of mode 'subset' follow from it too.
     """
-    open: list[bool]
+    open: tuple[bool, ...]
+    rates: tuple[float, ...]
     key: str
 
 
+class _Pass(threading.local):
+    """The forward pass that a thread is in.
+
+    Attributes:
+        draw: Its gates; None before the first pass.
+        last_block: Index of the last block that asked.
+        begun: Whether its beginning is remembered.
+        repeats: Whether an earlier pass, which is forgotten, had its random numbers.
+    """
+    draw: Draw | None = None
+    last_block = -1
+    begun = False
+    repeats = False
+
+
 class DepthGates:
-    """The gates of one network: a Bernoulli draw for each block and mini-batch.
+    """The rates of one network, and its gates: a Bernoulli draw for each block and training forward pass.
 
     A draw is a function of (seed, epoch, step) alone, so it is the same on every rank and world size, and the same
     again after a resume. `step` counts the training forward passes of the epoch. In a loop that never calls `set_epoch`
-    all of training is epoch 0, and the steps go on counting.
+    all of training is epoch 0, and the steps go on counting. torch.manual_seed has no say: two networks of the same
+    seed and depth draw the same gates, so give one of them another seed if theirs must differ.
+
+    Several threads may run forward passes at once: each has a draw of its own. Within a thread one pass ends before the
+    next begins: a network that is run stage by stage, with two batches in turn, gets more draws than passes.
+
+    Activation checkpointing runs a block once more within the backward pass. It restores the state of torch's CPU
+    generator for that, and the state tells which forward pass is meant. So that no two states are the same, each block
+    draws one number from that generator in a pass that may be recomputed (under torch.no_grad, or with hooks on saved
+    tensors). Other passes leave torch's generators alone. Where two passes could be meant it is an error. No other
+    thread may seed the generator meanwhile, which would disturb the masks of dropout too.
 
     Attributes:
-        drop_path_rates: 1 - p_l of each block.
         open: The last draw, one bool a block.
+        seed: Seed of the draws.
+        epoch: Epoch of the draws.
+        step: Number of draws in this epoch.
+        mode: 'batch', 'subset' or 'sample', see `make_skippable`; in mode 'sample' timm's DropPath draws, and no gate.
+        scale: 'train' or 'eval', see `make_skippable`.
+
+    Args:
+        depth: Number of residual blocks, L.
+        drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
+        schedule: 'linear' or 'uniform', see `drop_path_rates`.
+        mode: 'batch', 'subset' or 'sample'.
+        scale: 'train' or, in mode 'batch' alone, 'eval'; by default the paper's, 'eval', where it can be.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If the rate, schedule, mode or scale isn't one of these, or mode and scale don't go together.
     """
 
-    def __init__(self, rates: Sequence[float], seed: int = 0) -> None:
-        self.drop_path_rates = list(rates)
-        self.seed = seed
-        self.epoch = 0
-        self.step = 0
-        self.open = [True] * len(self.drop_path_rates)
-        self._last_asked = len(self.open)
-        self._recomputed = Draw(self.open, '')
-        self._draw_of: dict[StorageWeakRef, Draw] = {}
+    def __init__(self, depth: int, drop_path_rate: float, schedule: str = 'linear', mode: str = 'batch',
+                 scale: str | None = None, seed: int = 0) -> None:
+        scale = scale or ('eval' if mode == 'batch' else 'train')
+        check_choice('drop_path_mode', mode, MODES)
+        check_choice('drop_path_scale', scale, SCALES if mode == 'batch' else ('train',))
+        self.schedule, self.mode, self.scale = schedule, mode, scale
+        self.seed, self.epoch, self.step = seed, 0, 0
+        self.open = [True] * depth
+        self.active = False
+        self.__setstate__({})
+        self.drop_path_rates = drop_path_rates(depth, drop_path_rate, schedule)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _draw_of={})  # a copy has forward passes of its own
+    # --- rates
 
-    def ask(self, index: int, x: torch.Tensor) -> Draw:
-        """The draw that block `index` (from 0) with the input `x` runs by; the first block of a forward pass draws.
+    @property
+    def drop_path_rates(self) -> Sequence[float]:
+        """1 - p_l of each block. Can be set between any two passes, to as many rates in [0, 1) as there are blocks."""
+        return self._rates
 
-        Drawn here rather than in a hook of the model, so that forward_features, forward_intermediates and timm's
-        feature wrappers, which never call the model itself, get one draw a pass too. The blocks ask in order, so one
-        that comes no later than the last one has begun a new pass.
+    @drop_path_rates.setter
+    def drop_path_rates(self, rates: Sequence[float]) -> None:
+        if len(rates) != len(self.open):
+            raise ValueError(f'{len(rates)} drop path rates for {len(self.open)} blocks')
+        self._rates = tuple(_check_rate(f'drop_path_rate of block {block}', rate)
+                            for block, rate in enumerate(rates, start=1))
+        self._pass.draw = None  # what this thread runs next is another pass
+        # A network that never had a rate stays a plain one, which torch.compile takes whole. One that had asks its
+        # gates even at rate 0: what it recomputes may be of before.
+        self.active = self.active or any(self._rates)
 
-        A checkpointed block asks again when it is recomputed, maybe after other forward passes. Its input, kept alive
-        for that, tells which pass it belongs to; those behind it in the same checkpoint get new inputs, and follow it.
+    def set_drop_path_rate(self, drop_path_rate: float) -> None:
+        """Spreads another rate over the blocks, by the schedule of the first one.
+
+        Args:
+            drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
+
+        Raises:
+            ValueError: If it doesn't lie there.
         """
-        storage = StorageWeakRef(x.untyped_storage())  # unlike an address, never reused while it is remembered
-        if torch._C._current_graph_task_id() != -1:  # within a backward pass: a recomputation
-            self._recomputed = self._draw_of.get(storage, self._recomputed)
-            return self._recomputed
-        if index <= self._last_asked:
-            key = f'{self.seed}/{self.epoch}/{self.step}'
-            self.draw()
-            self._recomputed = Draw(self.open, key)
-            self._draw_of = {known: draw for known, draw in self._draw_of.items() if not known.expired()}
-        self._last_asked = index
-        self._draw_of[storage] = self._recomputed
-        return self._recomputed
-
-    def draw(self) -> list[bool]:
-        """Draws the gates of the next step: b_l ~ Bernoulli(p_l), True for open."""
-        # A string seed goes through SHA-512, documented to be stable, so neighbouring steps are independent streams.
-        # torch's generators stay untouched: a drop path must not shift the augmentation or dropout of its rank.
-        uniform = random.Random(f'{self.seed}/{self.epoch}/{self.step}').random
-        self.open = [uniform() >= rate for rate in self.drop_path_rates]
-        self.step += 1
-        return self.open
-
-    def set_epoch(self, epoch: int) -> None:
-        """Starts an epoch: the draws that follow are those of its steps 0, 1, ..."""
-        self.epoch, self.step = epoch, 0
+        self.drop_path_rates = drop_path_rates(len(self.open), drop_path_rate, self.schedule)
 
     @property
     def expected_depth(self) -> float:
         """Expected number of open blocks, the sum of p_l: (3L - 1) / 4 for the linear schedule at p_L = 0.5."""
         return sum(1. - rate for rate in self.drop_path_rates)
 
-    def state_dict(self) -> dict:
-        """What is needed to go on drawing: seed, epoch and step."""
-        return dict(seed=self.seed, epoch=self.epoch, step=self.step)
+    # --- draws
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken."""
+    def set_epoch(self, epoch: int) -> None:
+        """Starts an epoch: the draws that follow are those of its steps 0, 1, ..."""
+        self.epoch, self.step = epoch, 0
+        self._pass.draw = None
+
+    def draw(self) -> list[bool]:
+        """Draws the gates of the next step: b_l ~ Bernoulli(p_l), True for open."""
+        # A string seed goes through SHA-512, documented to be stable, so neighbouring steps are independent streams.
+        uniform = random.Random(self._key()).random
+        self.open = [uniform() >= rate for rate in self.drop_path_rates]
+        self.step += 1
+        return self.open
+
+    def _key(self) -> str:
+        return f'{self.seed}/{self.epoch}/{self.step}'
+
+    @torch.compiler.disable
+    def ask(self, index: int) -> Draw:
+        """The draw that block `index` (from 0) runs by; the first block of a forward pass draws.
+
+        Drawn here rather than in a hook of the model, so that forward_features, forward_intermediates and timm's
+        feature wrappers, which never call the model itself, get one draw a pass too. The blocks ask in order, so one
+        that comes no later than the last one has begun a new pass.
+
+        Raises:
+            RuntimeError: If the block runs within a backward pass, and which forward pass it repeats can't be told; or
+                if this forward pass repeats the random numbers of one that was run to be repeated.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            return self._recall(index)
+        current = self._pass
+        if current.draw is None or index <= current.last_block:
+            with _lock:
+                key = self._key()
+                self.draw()
+                current.draw = Draw(tuple(self.open), self._rates, key)
+            current.begun = current.repeats = False
+        current.last_block = index
+        self._remember(index, current, current.draw)
+        return current.draw
+
+    # --- recomputations
+
+    def remembers(self, index: int) -> bool:
+        """Whether block `index` runs within a backward pass, to repeat a forward pass that had gates."""
+        return torch._C._current_graph_task_id() != -1 and (index, _generator_state()) in self._remembered
+
+    def _remember(self, index: int, current: _Pass, draw: Draw) -> None:
+        """Notes the generator's state and the draw, if this pass may be recomputed.
+
+        The forward pass of a reentrant checkpoint and the first one of GradCache run without gradients, that of a
+        checkpoint that isn't reentrant with hooks on saved tensors.
+        """
+        if torch._C._are_functorch_transforms_active():
+            return  # where checkpointing doesn't work
+        grad = torch.is_grad_enabled()
+        may_be_recomputed = not grad or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if not may_be_recomputed and not self._remembered:
+            return
+        place = index, _generator_state()
+        with _lock:
+            known = self._remembered.get(place, draw)
+            if not current.begun:
+                current.begun = True
+                current.repeats = place in self._beginnings and place not in self._remembered
+                if may_be_recomputed:
+                    self._beginnings[place] = None
+            if current.repeats or known != draw:
+                if grad:
+                    raise RuntimeError(
+                        f'block {index + 1}: this forward pass has the random numbers of an earlier one, and other '
+                        'gates. To recompute a pass outside of backward, as GradCache does, needs its gates; if it is '
+                        'a new pass, do not seed torch as before the earlier one')
+                known = None
+            if may_be_recomputed:
+                self._remembered[place] = known
+                self._threads.add(threading.get_ident())
+                _shorten(self._remembered, REMEMBERED_PASSES * len(self.open))
+                _shorten(self._beginnings, REMEMBERED_BEGINNINGS)
+        if may_be_recomputed:
+            _advance_generator()
+
+    def _recall(self, index: int) -> Draw:
+        """The draw of the forward pass that a block repeats within a backward pass."""
+        place, name = (index, _generator_state()), f'block {index + 1} runs within a backward pass'
+        if len(self._threads) > 1:
+            raise RuntimeError(f'{name}, and several threads, which share the random numbers, ran forward passes that '
+                               'may be meant; use activation checkpointing in one thread alone')
+        if place not in self._remembered:
+            raise RuntimeError(f'{name}, and none of the last {REMEMBERED_PASSES} forward passes had its random '
+                               'numbers; activation checkpointing must restore them (preserve_rng_state=True)')
+        draw = self._remembered[place]
+        if draw is None:
+            raise RuntimeError(f'{name}, and two forward passes had its random numbers but other gates; do not seed '
+                               'torch to the same state before two passes that are recomputed')
+        _advance_generator()
+        return draw
+
+    # --- copies and resumes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on drawing, in the middle of an epoch too: seed, epoch, step and rates."""
+        return dict(seed=self.seed, epoch=self.epoch, step=self.step, active=self.active,
+                    drop_path_rates=list(self.drop_path_rates))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            ValueError: If it was taken of a network of another depth.
+        """
+        self.drop_path_rates = state['drop_path_rates']
         self.seed, self.epoch, self.step = state['seed'], state['epoch'], state['step']
+        self.active = self.active or state['active']
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items()
+                if name not in ('_pass', '_remembered', '_beginnings', '_threads')}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # not copied: a copy has forward passes of its own
+        self._pass = _Pass()
+        # A block and a state of the generator, to the draw of the pass; None if two passes had them.
+        self._remembered: dict[tuple[int, int], Draw | None] = {}
+        self._beginnings: dict[tuple[int, int], None] = {}
+        self._threads: set[int] = set()
+
+
+def _shorten(remembered: dict[Any, Any], size: int) -> None:
+    """Forgets what was noted first."""
+    while len(remembered) > size:
+        del remembered[next(iter(remembered))]
+
+
+def _generator_state() -> int:
+    """Stands for the state of torch's CPU generator."""
+    return hash(torch.default_generator.get_state().numpy().tobytes())
+
+
+def _advance_generator() -> None:
+    torch.rand((), device='cpu')

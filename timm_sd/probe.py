@@ -14,9 +14,9 @@ from timm.layers import DropPath
 from timm.models import get_model_input_config
 from torch import nn
 
-from .stochastic_depth import DepthGate, Residual
+from .stochastic_depth import Residual
 
-# Modules that, one behind the other, are what is beside the branch, as `GatedBlock.shortcut_path`. Besides them the
+# Modules that, one behind the other, are what is beside the branch, as `SkippableBlock.shortcut_path`. Besides them the
 # identity and each single module of a block are tried.
 _SHORTCUTS = (
     ('downsample', 'act3'), ('downsample', 'act2'),  # ResNet, RegNet: projection, and activation behind the addition
@@ -32,10 +32,12 @@ class _Probe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seen: torch.Tensor | None = None
+        self.address = 0
         self.closed = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen = x
+        # a copy: timm's ResNet adds the shortcut in place
+        self.seen, self.address = x.clone(), x.data_ptr()
         return x * 0. if self.closed else x
 
 
@@ -44,7 +46,7 @@ def drop_path_slots(block: nn.Module) -> tuple[str, ...]:
     values = {**block.__dict__, **block._modules}
     return tuple(name for name, value in values.items()
                  if re.fullmatch(r'(\w+_)?drop_path\d*', name)
-                 and (value is None or isinstance(value, (nn.Identity, DropPath, DepthGate))))
+                 and (value is None or isinstance(value, (nn.Identity, DropPath))))
 
 
 @contextmanager
@@ -87,12 +89,17 @@ def _last_affine(block: nn.Module, probe: _Probe, args: tuple, kwargs: dict[str,
     outputs: list[tuple[nn.Module, Any]] = []
     layers = [layer for layer in block.modules() if any(True for _ in layer.parameters(recurse=False))]
     hooks = [layer.register_forward_hook(lambda layer, _, y: outputs.append((layer, y))) for layer in layers]
-    block.forward(*args, **kwargs)
+
+    def branch() -> torch.Tensor:
+        block.forward(args[0].clone(), *args[1:], **kwargs)
+        assert probe.seen is not None
+        return probe.seen
+
+    before = branch()
     for hook in hooks:
         hook.remove()
-    branch: Any = probe.seen
     last = [layer for layer, output in outputs if isinstance(output, torch.Tensor)
-            and output.data_ptr() == branch.data_ptr() and output.shape == branch.shape]
+            and output.data_ptr() == probe.address and output.shape == before.shape]
     if not last:
         return None
     params = [(param, param.clone()) for param in last[-1].parameters(recurse=False)]
@@ -100,11 +107,10 @@ def _last_affine(block: nn.Module, probe: _Probe, args: tuple, kwargs: dict[str,
         # A branch of half the parameters must give half the output. It does not where the weights are standardised
         # first, or an activation follows.
         param.copy_(value / 2)
-    block.forward(*args, **kwargs)
+    halved = branch()
     for param, value in params:
         param.copy_(value)
-    assert probe.seen is not None
-    return last[-1] if torch.allclose(probe.seen, branch / 2, rtol=1e-3, atol=1e-6) else None
+    return last[-1] if torch.allclose(halved, before / 2, rtol=1e-3, atol=1e-6) else None
 
 
 @torch.no_grad()
@@ -126,6 +132,8 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
     found: list[Residual] = []
     stay_open: list[nn.Module] = []
     inputs: dict[nn.Module, torch.Tensor | None] = {}
+    last_output: list[Any] = []  # of the last block found
+    direct: dict[nn.Module, bool] = {}  # whether that is a block's input
 
     def look(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         used = {slot: probe for slot, probe in probes[block].items() if probe.seen is not None}
@@ -154,7 +162,11 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         if None in last:
             raise ValueError(f"drop_path_scale is 'eval', but the branch of {names[block]} ends in nothing that can "
                              "absorb p_l; use 'train'")
-        found.append(Residual(block, tuple(used), path, tuple(layer for layer in last if layer is not None)))
+        if found and direct[block]:
+            found[-1] = found[-1]._replace(chained=True)
+        found.append(Residual(
+            block, tuple(used), path, tuple(layer for layer in last if layer is not None), chained=False))
+        last_output[:] = [output]
 
     def keep_input(block: nn.Module, args: tuple) -> tuple | None:
         for probe in probes[block].values():
@@ -162,6 +174,7 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         inputs[block] = None
         if not args or not isinstance(args[0], torch.Tensor):
             return None
+        direct[block] = any(x is args[0] for x in last_output)
         x = args[0] / args[0].abs().max().clamp(min=1.)  # a thousand untrained layers would overflow in evaluation
         inputs[block] = x.clone()
         return x, *args[1:]

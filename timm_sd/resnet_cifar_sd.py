@@ -17,8 +17,10 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .gates import DepthGates
 from .hub import build_model
-from .stochastic_depth import Residual, add_branch, gate_blocks
+from .skippable import add_branch
+from .stochastic_depth import Residual, make_skippable
 
 __all__ = ['ResNetCifar']  # a list, as timm's registry wants it; register_model appends the entry points
 
@@ -65,7 +67,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
         self.act2 = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity() if stride == 1 else PoolPad(out_chs - in_chs)
-        self.drop_path = nn.Identity()  # gate_blocks puts a DepthGate here
+        self.drop_path = nn.Identity()  # make_skippable puts a DropPathSlot here
         self.grad_checkpointing = False
         self.compiled_branch: Any = None
 
@@ -125,8 +127,8 @@ class ResNetCifar(nn.Module):
         drop_rate: Dropout before the classifier.
         drop_path_rate: 1 - p_L, in [0, 1); 0 is the constant-depth network.
         drop_path_schedule: 'linear' or 'uniform'.
-        drop_path_mode: 'batch', 'subset' or 'sample', see `gate_blocks`.
-        drop_path_scale: 'train' or 'eval'.
+        drop_path_mode: 'batch', 'subset' or 'sample', see `make_skippable`.
+        drop_path_scale: 'train' or 'eval', see `make_skippable`; by default 'eval' in mode 'batch', else 'train'.
         drop_path_seed: Seed of the gates.
 
     Raises:
@@ -143,7 +145,7 @@ class ResNetCifar(nn.Module):
             drop_path_rate: float = 0.5,
             drop_path_schedule: str = 'linear',
             drop_path_mode: str = 'batch',
-            drop_path_scale: str = 'train',
+            drop_path_scale: str | None = None,
             drop_path_seed: int = 0,
             device=None,
             dtype=None,
@@ -174,11 +176,13 @@ class ResNetCifar(nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
-        gate_blocks(
-            [Residual(block, ('drop_path',), ('shortcut',), (block.bn2,))
-             for block in (*self.layer1, *self.layer2, *self.layer3)],
-            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed,
-        )
+        blocks = [*self.layer1, *self.layer2, *self.layer3]
+        gates = DepthGates(
+            len(blocks), drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
+        make_skippable([
+            Residual(block, shortcut_path=() if isinstance(block.shortcut, nn.Identity) else ('shortcut',),
+                     last_affine=(block.bn2,), chained=block is not blocks[-1])
+            for block in blocks], gates, initialize=True)
         self.init_weights()
 
     @torch.jit.ignore

@@ -8,18 +8,20 @@ from timm.models import generate_default_cfgs, get_arch_pretrained_cfgs, registe
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from .gates import DepthGates
 from .hub import build_model
-from .stochastic_depth import Residual, gate_blocks
+from .stochastic_depth import Residual, make_skippable
 
 __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; register_model appends the entry points
 
 
-def _residual(block: Any) -> Residual:
+def _residual(block: Any, chained: bool) -> Residual:
     last_act, last_norm = ('act2', block.bn2) if isinstance(block, BasicBlock) else ('act3', block.bn3)
     # the block's last activation follows the shortcut too; a ReLU changes nothing behind another one
     act = () if block.downsample is None and isinstance(getattr(block, last_act), nn.ReLU) else (last_act,)
     path = act if block.downsample is None else ('downsample', *act)
-    return Residual(block, ('drop_path',), path, (last_norm,) if block.se is None else ())  # attention isn't linear
+    last_affine = (last_norm,) if block.se is None else ()  # attention isn't linear
+    return Residual(block, shortcut_path=path, last_affine=last_affine, chained=chained)
 
 
 class StochasticDepthResNet(ResNet):
@@ -29,8 +31,8 @@ class StochasticDepthResNet(ResNet):
         *args: timm's, see `timm.models.resnet.ResNet`.
         drop_path_rate: 1 - p_L, in [0, 1); 0 is the constant-depth network.
         drop_path_schedule: 'linear' or 'uniform'.
-        drop_path_mode: 'batch', 'subset' or 'sample', see `gate_blocks`.
-        drop_path_scale: 'train' or 'eval'.
+        drop_path_mode: 'batch', 'subset' or 'sample', see `make_skippable`.
+        drop_path_scale: 'train' or 'eval', see `make_skippable`; by default 'eval' in mode 'batch', else 'train'.
         drop_path_seed: Seed of the gates.
         **kwargs: timm's.
 
@@ -44,16 +46,16 @@ class StochasticDepthResNet(ResNet):
             drop_path_rate: float = 0.5,
             drop_path_schedule: str = 'linear',
             drop_path_mode: str = 'batch',
-            drop_path_scale: str = 'train',
+            drop_path_scale: str | None = None,
             drop_path_seed: int = 0,
             **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.drop_path_rate = drop_path_rate
-        gate_blocks(
-            [_residual(block) for name in ('layer1', 'layer2', 'layer3', 'layer4') for block in getattr(self, name)],
-            drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed,
-        )
+        blocks = [block for name in ('layer1', 'layer2', 'layer3', 'layer4') for block in getattr(self, name)]
+        gates = DepthGates(
+            len(blocks), drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
+        make_skippable([_residual(block, chained=block is not blocks[-1]) for block in blocks], gates, initialize=True)
 
 
 # register_model reads this table at decoration time: it must stand above the entry points

@@ -53,10 +53,13 @@ def dataset_of(results: dict[str, Any]) -> str:
 
 
 def method_of(results: dict[str, Any]) -> tuple[str, str, str]:
-    """Mode, schedule and scale of a run; a flag that it was not given is the network's default."""
+    """Mode, schedule and scale of a run."""
+    if 'drop_path_mode' in results:
+        return results['drop_path_mode'], results['drop_path_schedule'], results['drop_path_scale']
+    # Older runs have their flags alone; one that was not given was the network's default of that time.
     args = results['args']
-    mode = args.get('drop_path_mode')  # runs older than the flag don't have it
-    return mode or 'batch', args['drop_path_schedule'] or 'linear', args['drop_path_scale'] or 'train'
+    return args.get('drop_path_mode') or 'batch', args['drop_path_schedule'] or 'linear', \
+        args['drop_path_scale'] or 'train'
 
 
 def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:

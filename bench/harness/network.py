@@ -32,8 +32,8 @@ class DepthSettings:
     drop_path_schedule: str | None = flag(None, "of p_l over the blocks (default: the model's)",
                                           choices=timm_sd.SCHEDULES)
     drop_path_mode: str | None = flag(None, "what one gate drops (default: the model's)", choices=timm_sd.MODES)
-    drop_path_scale: str | None = flag(None, "train divides the branch by p_l in training, eval multiplies by it in "
-                                       "evaluation (default: the model's)", choices=timm_sd.SCALES)
+    drop_path_scale: str | None = flag(None, "of the branch: eval is the paper's, train is timm's (default: the "
+                                       "model's)", choices=timm_sd.SCALES)
     grad_checkpointing: bool = flag(False, 'recompute activations to save memory')
     compile: str | None = flag(None, "torch.compile: 'blocks' compiles each residual branch and leaves the gates "
                                      'outside', choices=('blocks', 'model'))

@@ -33,6 +33,15 @@ def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         images={name: batches.images for name, batches in trainer.batches.items()}, held_out=held_out)
 
 
+def method(gates: timm_sd.DepthGates | None) -> dict[str, Any]:
+    """What results.json says of the gates of a run; nothing where no gate was drawn."""
+    if gates is None or not gates.active:
+        return dict(expected_depth=None, blocks=None)
+    drawn = gates.mode != 'sample'
+    return dict(expected_depth=gates.expected_depth if drawn else None, blocks=len(gates.open) if drawn else None,
+                drop_path_mode=gates.mode, drop_path_schedule=gates.schedule, drop_path_scale=gates.scale)
+
+
 def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     """Tests the best and the last epoch's weights, and writes what a run folder ends with.
 
@@ -57,7 +66,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         given, label_names=trainer.class_names,
         param_count=sum(param.numel() for param in trainer.model.parameters()),
         drop_path_rate=last_drop_rate(trainer, flags),
-        expected_depth=gates.expected_depth if gates else None, blocks=len(gates.open) if gates else None,
+        **method(gates),
         best_epoch=progress.best_epoch, val_top1_err=round(100 - progress.best_top1, 4),
         val_top1_err_last=round(100 - progress.rows[-1]['eval_top1'], 4), test_best=best, test_last=last,
         epoch_seconds=round(epoch_seconds, 2),

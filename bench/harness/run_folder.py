@@ -22,7 +22,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
 from harness.cli import flag
 from harness.errors import UserError, one_line
@@ -151,18 +150,6 @@ class RunFolder:
         for path in self.checkpoints.glob('*-*'):
             if number_in_name(path) > epochs:
                 path.unlink()
-
-
-def raw_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor as it is. A state_dict won't do for a bit-exact resume: with scale='eval' it is folded."""
-    return {name: tensor.detach() for tensors in (model.named_parameters(), model.named_buffers())
-            for name, tensor in tensors}
-
-
-@torch.no_grad()
-def load_raw_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    for name, tensor in raw_state(model).items():
-        tensor.copy_(state[name])
 
 
 def _as_safetensors(weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ from harness.data.batches import Batches
 from harness.engine import TrainStep, autocast, evaluate, train_epoch
 from harness.errors import UserError
 from harness.machine import hardware
-from harness.run_folder import RunFolder, load_raw_state, raw_state
+from harness.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,20 @@ class Trainer:
                               f'{images / row["train_seconds"]:.0f} images/s', file=sys.stderr)
 
     def restore(self) -> None:
-        """Goes back to the last checkpoint, if there is one."""
+        """Goes back to the last checkpoint, if there is one.
+
+        Raises:
+            UserError: If an older version wrote it.
+        """
         checkpoint = self.folder.load_checkpoint()
-        if checkpoint is not None:
-            self.progress = Progress(**{key: checkpoint[key] for key in vars(self.progress)})
-            load_raw_state(self.model, checkpoint['raw_model'])
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        if checkpoint is None:
+            return
+        if 'raw_model' in checkpoint:  # its last batch norms and their momenta are in other numbers with scale 'eval'
+            raise UserError(f'{self.folder.path} was begun by an older version of timm-sd, whose checkpoints mean '
+                            'something else; finish it with that version, or choose another --experiment')
+        self.progress = Progress(**{key: checkpoint[key] for key in vars(self.progress)})
+        self.model.load_state_dict(checkpoint['network'])
+        self.optimizer.load_state_dict(checkpoint['optimizer'])
 
     def run_epoch(self, step: TrainStep, epoch: int, bar: tqdm) -> dict[str, float]:
         """Trains and validates one epoch; returns its row of summary.csv."""
@@ -175,7 +183,7 @@ class Trainer:
         self.progress.hardware.append(hardware(self.accelerator, self.amp))
         self.progress.epoch += 1
         if self.accelerator.is_main_process:
-            state = dict(vars(self.progress), raw_model=raw_state(self.model), optimizer=self.optimizer.state_dict())
+            state = dict(vars(self.progress), network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
             self.folder.write_summary(self.progress.rows)
 

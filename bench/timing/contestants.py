@@ -166,7 +166,7 @@ class Contestant:
                     tqdm(total=len(self.batches.data), file=io.StringIO()), log_interval=20)
 
     def draws(self, round_: int) -> list[list[bool]]:
-        """The gates of a turn, by step; all open at constant depth and where samples are dropped, not blocks."""
+        """The gates of a turn, by step; none where a network has no gates."""
         if self.gates is None:
             return []
         self.gates.set_epoch(round_)

@@ -16,7 +16,7 @@ def toy_flags(toy_folder):
     """Flags of a training: 36 training, 12 validation and 20 test images, three epochs of five updates."""
     return ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--data-dir', toy_folder, '--val-per-class', '3',
             '--epochs', '3', '-b', '8', '--threads', '1', '--no-amp',
-            '--drop-path-scale', 'eval']  # its state dict is folded, so a resume must not start from it
+            '--drop-path-scale', 'eval']
 
 
 @pytest.fixture(scope='session')

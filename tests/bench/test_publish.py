@@ -209,7 +209,7 @@ def test_the_package_holds_no_other_tag(run_folder):
 
 
 @pytest.mark.parametrize(('changed', 'words'), [
-    (dict(args=dict(drop_path_mode='sample')), 'was not trained with whole blocks dropped'),
+    (dict(drop_path_mode='sample'), 'was not trained with whole blocks dropped'),
     (dict(blocks=None), 'was not trained with whole blocks dropped'),
     (None, 'is no finished run'),
 ])

@@ -3,6 +3,7 @@ import shutil
 import zipfile
 
 import pytest
+import torch
 
 from harness import engine
 from harness.run_folder import RunFolder
@@ -97,6 +98,20 @@ def test_begins_anew_where_no_checkpoint_is_whole(copy, finished):
     assert result.stderr.count('is damaged') == 2
     assert result.stderr.count('train_loss') == 3
     assert_same_run(folder, finished[0])
+
+
+def test_a_run_begun_by_an_older_version_is_refused_and_left_alone(copy):
+    """Its checkpoints held the tensors of scale 'eval' without p_l."""
+    folder, args = copy
+    newest = folder / 'checkpoints' / 'checkpoint-0003.pt'
+    state = torch.load(newest)
+    torch.save(dict(state, raw_model=state.pop('network')), newest)
+    (folder / 'results.json').unlink()
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    result = run_here('train.py', *args)
+    assert result.returncode == 2
+    assert 'was begun by an older version of timm-sd' in result.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
 
 
 def test_without_resume_an_old_run_is_not_overwritten(copy):

@@ -183,7 +183,7 @@ def test_other_libraries_get_the_papers_rates(mode):
 
 def test_constant_depth_drops_nothing():
     model = build('sd_resnet20_cifar', CONSTANT)
-    assert timm_sd.depth_gates(model) is None
+    assert not timm_sd.depth_gates(model).active
     assert not any(getattr(module, 'drop_prob', 0.) for module in model.modules())
 
 

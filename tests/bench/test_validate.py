@@ -56,7 +56,7 @@ def test_validate_finds_the_stated_error(finished, toy_folder, tmp_path):
 
 
 def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy_folder):
-    """It holds the unfolded tensors: evaluated as they are they would be another function."""
+    """It does not say how its images were normalised."""
     said = refused('validate.py', '--model', 'sd_resnet20_cifar', '--checkpoint',
                    finished[0] / 'checkpoints' / 'checkpoint-0003.pt', '--data-dir', toy_folder,
                    '--img-size', 8)

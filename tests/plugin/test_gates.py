@@ -23,8 +23,9 @@ def test_rates_are_the_papers():
 
 
 def test_expected_depth_of_110_layers_is_the_papers():
-    assert DepthGates(timm_sd.drop_path_rates(54, 0.5)).expected_depth == pytest.approx(40.25)  # "approximately 40"
-    assert DepthGates([0.25, 0.5]).expected_depth == pytest.approx(1.25)
+    assert DepthGates(54, 0.5).expected_depth == pytest.approx(40.25)  # "approximately 40"
+    assert DepthGates(2, 0.5).expected_depth == pytest.approx(1.25)
+    assert DepthGates(4, 0.25, 'uniform').expected_depth == pytest.approx(3.)
 
 
 @pytest.mark.parametrize(('rate', 'schedule', 'word'), [
@@ -39,11 +40,23 @@ def test_rates_refuse_bad_values(rate, schedule, word):
 def test_unknown_choices_are_named(name):
     with pytest.raises(ValueError, match=f'{name} is .rows.'):
         toy(**{name: 'rows'})
+    with pytest.raises(ValueError, match=f'{name} is .rows.'):
+        DepthGates(3, 0.5, **{name.removeprefix('drop_path_'): 'rows'})
+
+
+def test_the_scale_is_the_papers_where_it_can_be():
+    assert {mode: DepthGates(3, 0.5, mode=mode).scale for mode in timm_sd.MODES} \
+        == {'batch': 'eval', 'subset': 'train', 'sample': 'train'}
+    assert {mode: timm_sd.depth_gates(toy(drop_path_mode=mode)).scale for mode in timm_sd.MODES} \
+        == {'batch': 'eval', 'subset': 'train', 'sample': 'train'}
+    for mode in ('subset', 'sample'):
+        with pytest.raises(ValueError, match='drop_path_scale is .eval.'):
+            DepthGates(3, 0.5, mode=mode, scale='eval')
 
 
 def test_gate_frequencies_within_binomial_bound():
     draws = 4000
-    gates = DepthGates(timm_sd.drop_path_rates(54, 0.5), seed=3)
+    gates = DepthGates(54, 0.5, seed=3)
     opened = torch.tensor([gates.draw() for _ in range(draws)]).double()
     survival = 1 - torch.arange(1, 55).double() / 108
     bound = 4 * (survival * (1 - survival) / draws).sqrt()  # 4 sigma: 54 blocks all pass with probability 0.997
@@ -73,7 +86,7 @@ def test_a_network_draws_as_often_as_its_rates_say():
 
 def test_gates_depend_on_seed_epoch_and_step_alone():
     def sequence(seed, epoch, n=20):
-        gates = DepthGates([0.5] * 10, seed)
+        gates = DepthGates(10, 0.5, 'uniform', seed=seed)
         gates.set_epoch(epoch)
         return [gates.draw() for _ in range(n)]
 
@@ -83,16 +96,16 @@ def test_gates_depend_on_seed_epoch_and_step_alone():
     assert sequence(0, 0) == first
     assert sequence(1, 0) != first
     assert sequence(0, 1) != first
-    gates = DepthGates([0.5] * 10, 0)
+    gates = DepthGates(10, 0.5, 'uniform')
     for _ in range(7):
         gates.draw()
-    resumed = DepthGates([0.5] * 10, 5)
+    resumed = DepthGates(10, 0.9, seed=5)
     resumed.load_state_dict(gates.state_dict())
     assert [resumed.draw() for _ in range(13)] == first[7:]
 
 
 def test_an_epoch_starts_again_from_its_own_first_step():
-    gates = DepthGates([0.5] * 10)
+    gates = DepthGates(10, 0.5, 'uniform')
     gates.set_epoch(3)
     whole = [gates.draw() for _ in range(6)]
     for _ in range(4):
@@ -147,8 +160,18 @@ def test_still_one_draw_a_pass_with_the_first_stage_frozen():
     assert len(drawn) > 1
 
 
-def test_constant_depth_has_no_gates():
-    assert timm_sd.depth_gates(toy(drop_path_rate=0.)) is None
+@pytest.mark.parametrize('kwargs', [dict(drop_path_rate=0.), dict(drop_path_mode='sample')])
+def test_at_rate_zero_and_in_mode_sample_the_gates_are_there_and_never_draw(kwargs):
+    model = toy(**kwargs).train()
+    gates = timm_sd.depth_gates(model)
+    gates.set_epoch(3)
+    model(pictures())
+    assert (gates.epoch, gates.step, gates.open) == (3, 0, [True] * 3)
+    assert gates.expected_depth == pytest.approx(3. if 'drop_path_rate' in kwargs else 2.)
+
+
+def test_a_plain_network_has_no_gates():
+    assert timm_sd.depth_gates(timm.create_model('test_resnet')) is None
 
 
 def test_gates_add_nothing_to_the_state_dict():

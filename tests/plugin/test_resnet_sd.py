@@ -22,6 +22,8 @@ VARIANTS = {
 
 def network(cls, variant, **kwargs):
     torch.manual_seed(0)
+    if cls is StochasticDepthResNet and variant == 'attention':  # which can't absorb p_l
+        kwargs.setdefault('drop_path_scale', 'train')
     return cls(**NARROW, **VARIANTS[variant], **kwargs)
 
 
@@ -31,6 +33,15 @@ def images(n=4):
 
 def all_blocks(model):
     return [*blocks_of(model), *model.layer4]
+
+
+def last_norm(block):
+    return block.bn2 if isinstance(block, BasicBlock) else block.bn3
+
+
+def last_norms(model):
+    """Weight and bias of the last batch norm of each branch."""
+    return [param for block in all_blocks(model) for param in last_norm(block).parameters()]
 
 
 @pytest.mark.parametrize(('name', 'blocks'), [
@@ -51,10 +62,11 @@ def test_evaluation_is_timms(variant):
     assert torch.equal(model(images()), timms(images()))
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_training_is_that_of_the_naive_rule(variant):
+@pytest.mark.parametrize(('variant', 'scale'), [
+    (variant, scale) for variant in VARIANTS for scale in timm_sd.SCALES if (variant, scale) != ('attention', 'eval')])
+def test_training_is_that_of_the_naive_rule(variant, scale):
     gates = [True, False, False, True, False]
-    model = network(StochasticDepthResNet, variant, drop_path_schedule='uniform').train()
+    model = network(StochasticDepthResNet, variant, drop_path_schedule='uniform', drop_path_scale=scale).train()
     force(model, gates)
     naive = network(ResNet, variant).train()
     naive.load_state_dict(model.state_dict())
@@ -64,9 +76,12 @@ def test_training_is_that_of_the_naive_rule(variant):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     ours.square().mean().backward()
     theirs.square().mean().backward()
+    last = last_norms(naive) if scale == 'eval' else []
     for (key, ours), theirs in zip(model.named_parameters(), naive.parameters(), strict=True):
         assert ours.grad is not None, key
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f'{key}: {m}')
+        # of the last batch norm of a branch p_l ** 2 times the gradient by the chain rule
+        expected = 0.25 * theirs.grad if any(theirs is param for param in last) else theirs.grad
+        torch.testing.assert_close(ours.grad, expected, rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f'{key}: {m}')
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -84,19 +99,20 @@ def test_of_a_closed_block_the_projection_alone_runs(variant):
 
 
 @pytest.mark.parametrize('variant', ['basic', 'bottleneck'])
-def test_eval_scale_folds_into_timms_network(variant):
-    model = network(StochasticDepthResNet, variant, drop_path_scale='eval').eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    timms = network(ResNet, variant).eval()
-    timms.load_state_dict(model.state_dict())
-    torch.testing.assert_close(model(images()), timms(images()), rtol=1e-4, atol=1e-5)
-    model.load_state_dict(timms.state_dict())
-    torch.testing.assert_close(model(images()), timms(images()), rtol=1e-4, atol=1e-5)
+def test_scale_eval_starts_at_p_times_timms_weights(variant):
+    model, timms = network(StochasticDepthResNet, variant), network(ResNet, variant)
+    assert timm_sd.depth_gates(model).scale == 'eval'
+    with torch.no_grad():
+        for block, survival in zip(all_blocks(timms), (0.9, 0.8, 0.7, 0.6, 0.5), strict=True):
+            for param in last_norm(block).parameters():
+                param.mul_(survival)
+    for (key, value), expected in zip(model.state_dict().items(), timms.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, msg=lambda m, key=key: f'{key}: {m}')
+    train = network(StochasticDepthResNet, variant, drop_path_scale='train').state_dict()
+    assert all(torch.equal(value, train[key]) for key, value in network(ResNet, variant).state_dict().items())
 
 
 def test_a_branch_that_ends_in_an_attention_can_not_absorb_p():
-    network(StochasticDepthResNet, 'attention')
-    with pytest.raises(ValueError, match="use 'train'"):
-        network(StochasticDepthResNet, 'attention', drop_path_scale='eval')
+    for kwargs in (dict(drop_path_scale='eval'), dict(drop_path_scale=None)):
+        with pytest.raises(ValueError, match="use 'train'"):
+            network(StochasticDepthResNet, 'attention', **kwargs)

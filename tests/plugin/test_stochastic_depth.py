@@ -110,22 +110,23 @@ def test_a_wholly_frozen_closed_block_hands_the_gradient_on():
 # --- an open block
 
 
-@pytest.mark.parametrize(('scale', 'in_training', 'in_evaluation'), [('train', 4., 1.), ('eval', 1., 0.25)])
-def test_scale_of_an_open_block(scale, in_training, in_evaluation):
+@pytest.mark.parametrize('scale', timm_sd.SCALES)
+def test_scale_of_an_open_block(scale):
     """p_l is 1/4 and the branch is 1 everywhere, so what is added is the scale."""
     model = toy(drop_path_rate=0.75, drop_path_schedule='uniform', drop_path_scale=scale).train()
     force(model, [True] * 3)
     constant_branch(model.layer1[0], 1.)
     constant_branch(model.layer2[0], 1.)
     x = torch.rand(2, 16, 8, 8)
-    for factor in (in_training, in_evaluation):
+    for factor in (4., 1.):  # in training, in evaluation
         torch.testing.assert_close(model.layer1[0](x), x + factor)
         torch.testing.assert_close(model.layer2[0](x)[:, 16:], torch.full((2, 16, 4, 4), factor))
         model.eval()
 
 
-def test_each_block_is_scaled_by_its_own_rate():
-    model = toy(2, drop_path_rate=0.6).train()  # rates 0.1 and 0.2 in the first stage
+@pytest.mark.parametrize('scale', timm_sd.SCALES)
+def test_each_block_is_scaled_by_its_own_rate(scale):
+    model = toy(2, drop_path_rate=0.6, drop_path_scale=scale).train()  # rates 0.1 and 0.2 in the first stage
     force(model, [True] * 6)
     x = torch.rand(2, 16, 8, 8)
     for block, survival in zip(model.layer1, (0.9, 0.8), strict=True):
@@ -141,16 +142,24 @@ def test_another_module_in_the_drop_path_slot_is_used():
     assert torch.equal(model.layer1[0](x), x)
 
 
-def test_at_rate_zero_the_blocks_stay_plain():
-    for mode in timm_sd.MODES:
-        plain = blocks_of(toy(drop_path_rate=0., drop_path_mode=mode))
-        assert all(type(block.drop_path) is nn.Identity for block in plain)
-        assert {type(block).__name__ for block in plain} == {'BasicBlock'}
+@pytest.mark.parametrize('mode', timm_sd.MODES)
+def test_at_rate_zero_a_step_is_that_of_the_plain_network(mode):
+    model = toy(drop_path_rate=0., drop_path_mode=mode).train()
+    plain = timm_sd.remove_stochastic_depth(copy.deepcopy(model))
+    assert {type(block).__name__ for block in blocks_of(plain)} == {'BasicBlock'}
+    assert all(type(block.drop_path) is nn.Identity for block in blocks_of(plain))
+    counts = []
+    for network in (model, plain):
+        with CountOps() as ops:
+            network(pictures()).square().sum().backward()
+        counts.append(ops.counts)
+    assert counts[0] == counts[1]
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_mode_sample_drops_single_samples_and_draws_no_gate():
     model = toy(drop_path_rate=0.5, drop_path_schedule='uniform', drop_path_mode='sample').train()
-    assert timm_sd.depth_gates(model) is None
     block = model.layer1[0]
     constant_branch(block, 1.)
     x = torch.rand(400, 16, 2, 2)
@@ -161,6 +170,7 @@ def test_mode_sample_drops_single_samples_and_draws_no_gate():
     torch.testing.assert_close(per_sample, 2. * kept)
     assert kept.float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(400))
     assert torch.equal(block.eval()(x), F.relu(x + 1.))
+    assert timm_sd.depth_gates(model).step == 0
 
 
 # --- copies

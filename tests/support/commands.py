@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 BENCH = ROOT / 'bench'
 # the quickstart, smaller
 SMALL = ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '3', '--threads', '1', '--no-amp',
-         '--drop-path-scale', 'eval']  # its state dict is folded, so a resume must not start from it
+         '--drop-path-scale', 'eval']
 
 
 def run_here(script, *args, terminal=False):

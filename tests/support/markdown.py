@@ -29,6 +29,8 @@ def pictures(text):
     return re.findall(r'!\[[^\]]*\]\(([^)]+)\)', text)
 
 
-def snippets(text):
-    """The Python snippets of a text."""
-    return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+def snippets(text, of=None):
+    """The Python snippets of a text: those for timm alone, or those of another trainer."""
+    found = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    return [snippet for snippet in found
+            if [name for name in ('transformers', 'lightning') if f'import {name}' in snippet] == ([of] if of else [])]

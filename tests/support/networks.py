@@ -34,6 +34,26 @@ def force(model, gates):
     depth_gates.draw = lambda: setattr(depth_gates, 'open', list(gates))
 
 
+def lively(model):
+    """Gives batch norm weights, biases and statistics that aren't those of the start."""
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5),
+                                (module.running_var, 0.5)):
+                nn.init.uniform_(tensor, low, low + 1., generator=generator)
+    return model
+
+
+def freeze_statistics(model):
+    """Training mode, but for batch norm; until the next train() or eval()."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
 class Naive(nn.Module):
     """In a `drop_path` slot, the reference: the whole branch is computed, then multiplied by 0 or by 1 / p."""
 

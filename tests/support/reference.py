@@ -52,6 +52,30 @@ def forward(p, x, n, factors=None, training=False):
     return F.linear(x.mean((2, 3)), p['fc.weight'], p['fc.bias'])
 
 
+def last_norms(parameters, n, factors):
+    """A copy of the parameters, with weight and bias of each block's last batch norm multiplied by its factor.
+
+    By p_l they are what the package stores of the paper's weights with scale 'eval', by 1 / p_l the way back.
+    """
+    result = {name: value.detach().clone() for name, value in parameters.items()}
+    for block, factor in enumerate(factors):
+        for kind in ('weight', 'bias'):
+            result[f'layer{block // n + 1}.{block % n}.bn2.{kind}'] *= factor
+    return result
+
+
+def loss_and_gradients(parameters, state, x, target, n, factors):
+    """Logits of a training forward pass, and the gradients of the cross-entropy; zero where nothing ran.
+
+    `state` holds the running statistics, which move.
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+    logits = forward({**state, **leaves}, x, n, factors=factors, training=True)
+    gradients = torch.autograd.grad(F.cross_entropy(logits, target), list(leaves.values()), allow_unused=True)
+    return logits.detach(), {name: torch.zeros_like(leaves[name]) if grad is None else grad
+                             for name, grad in zip(leaves, gradients, strict=True)}
+
+
 def sgd_step(parameters, gradients, momenta, lr, momentum, weight_decay):
     """Nesterov SGD with weight decay, the original's: a gradient of zero decays and keeps its momentum."""
     for name, value in parameters.items():

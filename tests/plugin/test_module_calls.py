@@ -1,0 +1,392 @@
+"""A closed block is a module call like any other: hooks, memory, torch.func, gradients, keyword arguments.
+
+The reference is the plain block, which computes its whole branch and multiplies it by 0 or by 1 / p.
+"""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+
+import timm_sd
+from support.kinds import added, network
+from support.networks import CountOps, Naive, force, pictures, toy
+from timm_sd.gates import DepthGates
+from timm_sd.skippable import SkippableBlock
+from timm_sd.stochastic_depth import Residual, make_skippable
+
+RATE = 0.5
+PATTERNS = {'toy': (True, False, False), 'test_resnet': (False, True, False, False),
+            'test_vit': (True, False, False, True, True, False)}
+each_network = pytest.mark.parametrize('name', PATTERNS)
+each_scale = pytest.mark.parametrize('scale', ['train', 'eval'])
+
+
+def skippable(model):
+    return [block for block in model.modules() if isinstance(block, SkippableBlock)]
+
+
+def in_training(model):
+    """Training, with batch norm frozen: a plain block would move its statistics where a closed one doesn't."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def forced(name, gates=None, scale='train'):
+    """A network with these gates, by default those of PATTERNS, and images for it."""
+    if name == 'toy':
+        model, x = toy(drop_path_rate=RATE, drop_path_schedule='uniform', drop_path_scale=scale), pictures()
+    else:
+        model = added(name, RATE, schedule='uniform', scale=scale)
+        x = pictures(2, 64 if name == 'test_vit' else 32)
+    force(model, gates or PATTERNS[name])
+    return in_training(model), x
+
+
+def naive(model, gates):
+    """The plain network of the same weights, which multiplies each branch as `gates` say, and its blocks."""
+    model = copy.deepcopy(model)
+    blocks = {block: block.drop_path_slots for block in skippable(model)}
+    timm_sd.remove_stochastic_depth(model)
+    for (block, slots), is_open in zip(blocks.items(), gates, strict=True):
+        for slot in slots:
+            setattr(block, slot, Naive(is_open / (1. - RATE)))
+    return model, list(blocks)
+
+
+def record(blocks):
+    """Registers a hook of each kind on each block; returns the list into which they write what they see."""
+    seen, ends = [], {}
+
+    def note(index, kind):
+        def hook(module, *values):
+            assert module is blocks[index]
+            tensors = [tensor.detach().clone() for value in values if not isinstance(value, dict)
+                       for tensor in ([value] if isinstance(value, torch.Tensor) else value)]
+            if kind == 'forward':
+                ends[index] = tensors
+            if 'backward' in kind:
+                # a closed block has no ReLU, for its input comes out of one, which stops the gradient at 0
+                places = ends[index][-len(tensors):]
+                tensors = [tensor * (end != 0) for tensor, end in zip(tensors, places, strict=True)]
+            seen.append((index, kind, tensors))
+        return hook
+
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(note(index, 'pre'))
+        block.register_forward_pre_hook(note(index, 'pre with kwargs'), with_kwargs=True)
+        block.register_forward_pre_hook(note(index, 'pre, prepended'), prepend=True)
+        block.register_forward_hook(note(index, 'forward'))
+        block.register_forward_hook(note(index, 'forward with kwargs'), with_kwargs=True)
+        block.register_forward_hook(note(index, 'forward, prepended'), prepend=True)
+        block.register_forward_hook(note(index, 'forward, always called'), always_call=True)
+        block.register_full_backward_pre_hook(note(index, 'backward pre'))
+        block.register_full_backward_hook(note(index, 'backward'))
+    return seen
+
+
+def gradients(model):
+    return {name: param.grad for name, param in model.named_parameters()}
+
+
+# --- hooks
+
+
+@each_network
+def test_hooks_see_what_those_of_plain_blocks_see(name):
+    model, x = forced(name)
+    plain, plain_blocks = naive(model, PATTERNS[name])
+    records = [record(skippable(model)), record(plain_blocks)]
+    for net in (model, plain):
+        for _ in range(2):
+            net(x.clone().requires_grad_()).square().sum().backward()
+    assert len(records[0]) == 2 * 9 * len(plain_blocks)
+    for ours, theirs in zip(*records, strict=True):
+        assert ours[:2] == theirs[:2]
+        torch.testing.assert_close(ours[2], theirs[2], msg=lambda text, where=ours[:2]: f'{where}: {text}')
+
+
+def test_hooks_of_all_modules_see_a_closed_block_once():
+    model, x = forced('test_vit')  # in-place activations and torch's backward hooks don't go together
+    blocks, seen = skippable(model), []
+    everywhere = torch.nn.modules.module
+    hooks = [register(lambda module, *_, kind=kind: seen.append((kind, module))) for kind, register in (
+        ('pre', everywhere.register_module_forward_pre_hook), ('forward', everywhere.register_module_forward_hook),
+        ('backward pre', everywhere.register_module_full_backward_pre_hook),
+        ('backward', everywhere.register_module_full_backward_hook))]
+    try:
+        model(x).sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for block, is_open in zip(blocks, PATTERNS['test_vit'], strict=True):
+        for kind in ('pre', 'forward', 'backward pre', 'backward'):
+            assert seen.count((kind, block)) == 1, kind
+            assert seen.count((kind, block.mlp.fc1)) == is_open
+
+
+@each_network
+@pytest.mark.parametrize('change', [
+    lambda block: block.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:])),
+    lambda block: block.register_forward_hook(lambda _, args, y: y * 1.5),
+    lambda block: block.register_full_backward_pre_hook(lambda _, grads: (3 * grads[0],)),
+    lambda block: block.register_full_backward_hook(lambda _, grads, __: (grads[0] / 3,))])
+def test_what_a_hook_changes_is_used(name, change):
+    model, x = forced(name)
+    plain, plain_blocks = naive(model, PATTERNS[name])
+    unchanged = [model(x)]
+    unchanged[0].square().sum().backward()
+    unchanged.append(next(model.parameters()).grad.clone())
+    model.zero_grad()
+    for blocks in (skippable(model), plain_blocks):
+        for block in blocks:
+            change(block)
+    found, expected = model(x), plain(x)
+    torch.testing.assert_close(found, expected)
+    for y in (found, expected):
+        y.square().sum().backward()
+    torch.testing.assert_close(gradients(model), gradients(plain))
+    assert not all(map(torch.allclose, unchanged, (found, next(model.parameters()).grad)))
+
+
+def test_a_hook_that_is_always_called_is_called_where_a_closed_block_fails():
+    model, _ = forced('toy', [False] * 3)
+    seen = []
+    model.layer2[0].register_forward_hook(lambda *_: seen.append('always'), always_call=True)
+    model.layer2[0].register_forward_hook(lambda *_: seen.append('else'))
+    with pytest.raises(IndexError):
+        model.layer2[0](torch.ones(1))
+    assert seen == ['always']
+
+
+# --- memory
+
+
+@pytest.mark.parametrize('with_grad', [True, False])
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('toy', {}), ('test_resnet', {}), ('test_vit', {}), *(
+        (name, dict(features_only=True)) for name in ('test_resnet', 'test_vit', 'test_convnext'))])
+def test_what_leaves_the_closed_blocks_can_be_written_in_place(name, kwargs, with_grad):
+    def run(write):
+        model = toy() if name == 'toy' else timm_sd.add_stochastic_depth(network(name, **kwargs), RATE)
+        force(in_training(model), [False] * len(timm_sd.depth_gates(model).open))
+        inputs = []
+        skippable(model)[-1].register_forward_pre_hook(lambda _, args: inputs.append((args[0], args[0].clone())))
+        with torch.set_grad_enabled(with_grad):
+            x = pictures(2, 64 if name == 'test_vit' else 32)
+            y = model(x)[-1] if kwargs else model.forward_features(x)
+            y = write(y)
+            if with_grad:
+                y.square().mean().backward()
+        torch.testing.assert_close(*inputs[0], rtol=0, atol=0)
+        return y.detach(), gradients(model)
+
+    torch.testing.assert_close(run(lambda y: y.sub_(0.5).relu_()), run(lambda y: (y - 0.5).relu()))
+
+
+def test_nothing_is_copied_within_the_chain():
+    model = in_training(toy(3))
+    force(model, [False] * 9)
+    inputs = []
+    for block in skippable(model):
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].data_ptr()))
+    with CountOps() as ops:
+        y = model.forward_features(pictures())
+        y.sum().backward()
+    outputs, (downsampling, last) = [*inputs[1:], y.data_ptr()], ((3, 6), 8)
+    assert [y == x for x, y in zip(inputs, outputs, strict=True)] == [
+        index not in (*downsampling, last) for index in range(9)]
+    assert ops.counts['clone'] + ops.counts['copy_'] == 1
+
+
+def test_a_hook_may_write_into_what_a_closed_block_returned():
+    model = in_training(toy(3))
+    force(model, [False] * 9)
+    kept = []
+    for block in skippable(model):
+        block.register_forward_hook(lambda _, args, y: kept.append((args[0], args[0].clone(), y.mul_(2.))))
+    with torch.no_grad():
+        model(pictures())
+    for x, before, _ in kept:
+        assert torch.equal(x, before)
+
+
+def test_a_cuda_graph_of_the_whole_network_is_refused(monkeypatch):
+    """No GPU is needed: what asks it is replaced."""
+    model = in_training(toy())
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    model(pictures())
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    with pytest.raises(RuntimeError, match='CUDA graph of the whole network would freeze one draw'):
+        model.layer1[0](pictures().as_subclass(OnGpu))
+
+
+def test_a_closed_block_has_a_forward_derivative():
+    model, _ = forced('toy', [False] * 3)
+    x, tangent = torch.ones(2, 16, 8, 8), torch.full((2, 16, 8, 8), 3.)
+    with forward_ad.dual_level():
+        y = model.layer1[0](forward_ad.make_dual(x, tangent))
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, tangent)
+
+
+@pytest.mark.parametrize('gates', [(False, False, False), (False, True, False)])
+def test_a_closed_block_is_differentiated_twice(gates):
+    model, x = forced('toy', gates)
+    products = []
+    for twin in (model, naive(model, gates)[0]):
+        params = list(twin.parameters())
+        first = torch.autograd.grad(twin(x).square().sum(), params, create_graph=True)
+        products.append(torch.autograd.grad(first, params, [torch.ones_like(param) for param in params]))
+    torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(('name', 'chained'), [
+    ('test_resnet', [True, True, True, False]), ('test_vit', [True] * 5 + [False]),
+    # a convolution comes before a stage
+    ('test_convnext', [False, *[True, False], *[True, True, True, False], *[True, False]]),
+    # a block that can't be closed comes before a stage
+    ('mobilenetv2_035', [False, *[True, False], *[True, True, False], *[True, False], *[True, False]]),
+    ('nf_regnet_b0', [False])])
+def test_blocks_are_chained_where_one_feeds_the_next(name, chained):
+    assert [block.chained for block in skippable(added(name))] == chained
+
+
+# --- torch.func
+
+
+@pytest.mark.parametrize(('name', 'scale'), [
+    ('toy', 'eval'), pytest.param('test_vit', 'train', marks=pytest.mark.slow)])
+def test_per_sample_gradients_are_those_of_single_samples(name, scale):
+    model, x = forced(name, scale=scale)
+
+    def loss(params, picture):
+        return functional_call(model, params, (picture[None],)).square().sum()
+
+    found = vmap(grad(loss), (None, 0))(dict(model.named_parameters()), x)
+    for index in range(len(x)):
+        model.zero_grad()
+        model(x[index:index + 1]).square().sum().backward()
+        torch.testing.assert_close({key: of_all[index] for key, of_all in found.items()}, gradients(model),
+                                   rtol=1e-4, atol=1e-5)
+
+
+@each_scale
+def test_derivatives_of_torch_func_are_those_of_autograd(scale):
+    model, x = forced('toy', scale=scale)
+    model, x, v = model.double(), x.double(), torch.randn(4, 3, 8, 8, dtype=torch.double)
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in y[0]]
+    torch.testing.assert_close(grad(lambda x: model(x)[0, 0])(x), rows[0])
+    torch.testing.assert_close(jacrev(lambda x: model(x)[0])(x), torch.stack(rows))
+    value, product = jvp(model, (x,), (v,))
+    torch.testing.assert_close(value, y)
+    torch.testing.assert_close(product[0], torch.stack([(row * v).sum() for row in rows]))
+
+
+@each_scale
+def test_a_functional_call_uses_the_parameters_it_is_given(scale):
+    model, x = forced('toy', scale=scale)
+    params = {name: (param * 1.5).detach().requires_grad_() for name, param in model.named_parameters()}
+    other = copy.deepcopy(model)
+    force(other, PATTERNS['toy'])
+    other.load_state_dict({**other.state_dict(), **params})
+    y = functional_call(model, params, (x,))
+    torch.testing.assert_close(y, other(x))
+    y.sum().backward()
+    other(x).sum().backward()
+    torch.testing.assert_close({name: param.grad for name, param in params.items()}, gradients(other))
+    assert all(param.grad is None for param in model.parameters())
+
+
+@each_scale
+def test_an_ensemble_under_vmap_gives_closed_blocks_zeros(scale):
+    (model, x), (other, _) = forced('toy', scale=scale), forced('toy', scale=scale)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(1.25)
+    params, buffers = stack_module_state([model, other])
+    y = vmap(lambda p, b: functional_call(model, (p, b), (x,)))(params, buffers)
+    torch.testing.assert_close(y, torch.stack([model(x), other(x)]))
+    y.square().sum().backward()
+    for net in (model, other):
+        net(x).square().sum().backward()
+    for name, param in params.items():
+        assert param.grad is not None, name
+        torch.testing.assert_close(param.grad, torch.stack([net.get_parameter(name).grad for net in (model, other)]))
+    assert not params['layer2.0.conv1.weight'].grad.any()
+
+
+# --- gradients
+
+
+@each_network
+def test_the_gradients_of_a_closed_block_are_zeros_for_every_caller(name):
+    model, x = forced(name)
+    plain, _ = naive(model, PATTERNS[name])
+    closed = [param for block, is_open in zip(skippable(model), PATTERNS[name], strict=True) if not is_open
+              for key, param in block.named_parameters() if not key.startswith('downsample')]
+    for param, found in zip(closed, torch.autograd.grad(model(x).sum(), closed), strict=True):
+        assert found.shape == param.shape
+        assert not found.any()
+    every = torch.autograd.grad(model(x)[0], closed, torch.eye(10), is_grads_batched=True)
+    assert all(found.shape[1:] == param.shape and not found.any() for found, param in zip(every, closed, strict=True))
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    norms = [nn.utils.clip_grad_norm_(net.parameters(), 0.1) for net in (model, plain)]
+    torch.testing.assert_close(*norms)
+    torch.testing.assert_close(gradients(model), gradients(plain))
+
+
+# --- arguments
+
+
+class Conditioned(nn.Module):
+    """A block that takes more than its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x, scale, shift=None, power=1):
+        return x + self.drop_path(self.layer(x) * scale ** power + shift)
+
+
+@pytest.mark.parametrize('is_open', [True, False])
+def test_blocks_take_arguments_by_position_and_by_name(is_open):
+    block = Conditioned()
+    gates = DepthGates(1, RATE, scale='train')
+    make_skippable([Residual(block)], gates)
+    gates.draw = lambda: setattr(gates, 'open', [is_open])
+    x, scale, shift = (torch.randn(2, 4, requires_grad=True) for _ in range(3))
+    expected = x + is_open / (1 - RATE) * (block.layer(x) * scale ** 2 + shift)
+    wanted = torch.autograd.grad(expected.square().sum(), (x, scale, shift))
+    for call in (lambda: block(x, scale, shift, 2), lambda: block(x, scale, shift=shift, power=2),
+                 lambda: block(x=x, power=2, scale=scale, shift=shift)):
+        y = call()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(torch.autograd.grad(y.square().sum(), (x, scale, shift)), wanted)
+
+
+# --- layers whose own call is changed
+
+
+@pytest.mark.parametrize('change', [
+    lambda layer: layer.compile(backend='eager'),
+    lambda layer: setattr(layer, 'forward', lambda x, forward=layer.forward: forward(x))])
+@pytest.mark.parametrize(('name', 'layer'), [('toy', 'bn2'), ('test_vit', 'mlp')])
+def test_a_layer_whose_call_is_replaced_keeps_the_scale(name, layer, change):
+    model, x = forced(name, scale='eval')
+    expected = model(x)
+    for block in skippable(model):
+        change(getattr(block, layer))
+    torch.testing.assert_close(model(x), expected)

@@ -1,0 +1,75 @@
+"""What the method does to tensors: zero gradients, the scale of the paper's eq. 5, and taking samples out."""
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class _ClosedBlock(torch.autograd.Function):
+    """Hands the shortcut through, and a gradient of zero to the parameters of the branch that didn't run.
+
+    Zero, not None: the original's weight decay and momentum act on a dropped block, and DistributedDataParallel sees
+    every parameter in every step, so it needs no find_unused_parameters (and static_graph would be wrong).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        ctx.params = params  # not saved: nothing of their values is needed, so they may change meanwhile
+        return shortcut.view_as(shortcut)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        needed = ctx.needs_input_grad[1:]
+        grads = [torch.empty_like(p) if need else None for p, need in zip(ctx.params, needed, strict=True)]
+        zeros = [zero for zero in grads if zero is not None]
+        if len({type(zero) for zero in zeros}) == 1:
+            torch._foreach_zero_(zeros)  # one kernel a block, not one a parameter: on a GPU launches bind the step
+        else:  # a layer that is sharded for itself
+            for zero in zeros:
+                zero.zero_()
+        if torch.is_grad_enabled():  # to be differentiated again
+            grads = [zero if zero is None else zero + grad.flatten()[:0].sum() for zero in grads]
+        return grad, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *params: Any) -> torch.Tensor:
+        return tangent.view_as(tangent)
+
+
+@torch.compiler.disable
+def closed_block(shortcut: torch.Tensor, params: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The output of a closed block.
+
+    Args:
+        shortcut: What the shortcut path returned, (B, C, H, W).
+        params: The parameters of the branch; each gets a gradient of zero.
+
+    Returns:
+        The same values as `shortcut`, (B, C, H, W), without a copy.
+    """
+    if torch._C._are_functorch_transforms_active():  # they want Functions in another form, which is slower to call
+        return shortcut + sum(param.flatten()[:0].sum().to(shortcut.dtype) for param in params)
+    return _ClosedBlock.apply(shortcut, *params)
+
+
+def scale_parameter(param: torch.Tensor, factor: float, grad_factor: float) -> torch.Tensor:
+    """param * factor, whose gradient reaches `param` times `grad_factor`: the paper's eq. 5 with plain stored weights.
+
+    The paper trains s + g n + b, where n is what the branch's last batch norm normalised, and evaluates
+    s + p (g n + b). Stored are g' = p g and b' = p b, so that s + g' n + b' evaluates, and s + (g' n + b') / p trains.
+    SGD with the learning rate r moves g by -r dg, so it must move g' = p g by -r p dg: the gradient of g' is p dg. By
+    the chain rule it would be dg / p, p ** 2 of which is right.
+    """
+    return torch.add(param.detach() * (factor - grad_factor), param, alpha=grad_factor)
+
+
+def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,
+                     *samples: torch.Tensor) -> torch.Tensor:
+    """function(x, 0, kept, *samples); of a channels_last tensor (B, C, H, W) a channels_last one, without a detour.
+
+    torch's index functions go pixel by pixel there, backward too, and may answer in another memory format.
+    """
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        tensors = [tensor.permute(0, 2, 3, 1) for tensor in (x, *samples)]
+        return function(tensors[0], 0, kept, *tensors[1:]).permute(0, 3, 1, 2)
+    return function(x, 0, kept, *samples)

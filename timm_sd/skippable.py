@@ -1,0 +1,290 @@
+"""A residual block that asks a gate before its branch runs, and what it does then: open, closed, rescaled, subset.
+
+`SkippableBlock` is mixed into a block of any class, and `DropPathSlot`, in timm's `drop_path` slots, scales what the
+branch returns.
+"""
+import random
+import types
+from collections.abc import Sequence
+from functools import cache, update_wrapper
+from typing import Any
+
+import torch
+from timm.layers import DropPath, drop_path
+from timm.models import register_notrace_module
+from torch import nn
+from torch._subclasses import FakeTensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from .functional import closed_block, on_channels_last, scale_parameter
+from .gates import DepthGates
+
+
+class DropPathSlot(DropPath):
+    """timm's DropPath for the slots of one block; its rate stands in the network's gates.
+
+    It has no parameters and no buffers, so a checkpoint stays that of the plain network. Its own training mode decides
+    whether the block drops: in a network in evaluation it can be on (Monte Carlo stochastic depth).
+
+    Args:
+        gates: The gates of the whole network.
+        index: The block's place in them, from 0.
+    """
+    __jit_unused_properties__ = ['drop_prob']
+
+    def __init__(self, gates: DepthGates, index: int) -> None:
+        nn.Module.__init__(self)  # DropPath's own would set drop_prob, which needs the gates
+        self.scale_by_keep = True
+        self.gates = gates
+        self.index = index
+        self.factor: float | None = None  # of the branch, in the copy of the slot that a forward pass runs
+
+    @property
+    def drop_prob(self) -> float:
+        """The block's drop path rate, 1 - p_l. As in timm's DropPath, it can be set at any time."""
+        return self.gates.drop_path_rates[self.index]
+
+    @drop_prob.setter
+    def drop_prob(self, rate: float) -> None:
+        rates = list(self.gates.drop_path_rates)
+        rates[self.index] = rate
+        self.gates.drop_path_rates = rates
+
+    @torch.jit.unused
+    def drops(self) -> bool:
+        """Whether the block asks its gate: in training, and where it repeats a forward pass that was in training."""
+        return self.gates.active and (
+            self.training or (not torch.compiler.is_compiling() and self.gates.remembers(self.index)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scales the branch's output `x` (B, ...).
+
+        Raises:
+            RuntimeError: If it is called in training by anything but the forward of its block's class.
+        """
+        if torch.jit.is_scripting():
+            return x
+        else:
+            if self.factor is not None:
+                return x if self.factor == 1. else x * self.factor
+            if self.gates.mode == 'sample':
+                return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
+            if self.training and self.gates.active and not _is_traced(x):
+                raise RuntimeError(f'the drop path of block {self.index + 1} knows its gate in the forward of the '
+                                   "block's class alone; for another forward, put timm's DropPath there")
+            return x
+
+    def extra_repr(self) -> str:
+        return f'block={self.index + 1}, drop_prob={self.drop_prob:.3f}, mode={self.gates.mode}'
+
+
+class SkippableBlock(nn.Module):
+    """Mixed into a residual block's own class: asks the gate, and skips the branch if it is closed.
+
+    The class of a block is swapped, as torch's parametrize and fully_shard do it. The gate is asked in `forward`, so
+    that a closed block is a module call like any other: hooks fire, and FSDP has gathered its parameters.
+
+    An open block runs its own class's forward on a shallow copy of itself, whose slots know the scale of this pass: so
+    passes in several threads don't meet. What that forward assigns to attributes of the copy, the block gets too.
+
+    Tracers (torch.export, ONNX, jit.trace, fx, TorchScript) see the plain network, in training too.
+
+    What a closed block returns is its input, without a copy, unless something else than the next block gets it. So who
+    collects the outputs of several blocks in training may have one tensor twice.
+
+    Attributes:
+        plain_class: The block's class without the method.
+        drop_path_slots: Names of the slots that hold the block's `DropPathSlot`.
+        shortcut_path: Names of the block's modules that are its shortcut, in their order; none for the identity.
+        last_affine: With scale 'eval', where the parameters that end each slot's branch are: the names of the modules
+            on the way there, and those of the parameters.
+        chained: Whether its output goes to the next block that can be skipped alone.
+        compiled_forward: The forward of its class, compiled, or None.
+    """
+    plain_class: type[nn.Module]
+    drop_path_slots: list[str]  # lists, for TorchScript
+    shortcut_path: list[str]
+    last_affine: list[tuple[list[str], list[str]]]
+    chained: bool
+    compiled_forward: Any
+
+    def compile(self, **options: Any) -> None:
+        """Compiles what the gate lets run; nn.Module's own would compile the gate too, anew for each pattern."""
+        if self.plain_class.compile is nn.Module.compile:
+            self.compiled_forward = torch.compile(self.plain_class.forward, **options)
+        else:
+            self.plain_class.compile(self, **options)
+
+    def run_shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the block without its branch; `x` is left alone, whatever an activation does in place."""
+        y = x
+        for name in self.shortcut_path:
+            module: Any = self._modules[name]
+            y = module(y.clone() if y is x and getattr(module, 'inplace', False) else y)
+        return y
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if 'copied_from' in self.__dict__:
+            setattr(self.__dict__['copied_from'], name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), 'compiled_forward': None}  # as nn.Module leaves out what it compiled
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # the class was made at run time, so a pickle names the one it was made of
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new_skippable, (self.plain_class,), *reduced[2:]
+
+
+@cache
+def skippable_class(plain_class: Any) -> type[SkippableBlock]:
+    """`plain_class` with `SkippableBlock` mixed in."""
+    plain, gated = plain_class.forward, _forward
+
+    def forward(self, *args, **kwargs):
+        return gated(self, *args, **kwargs)
+
+    # TorchScript compiles the source that inspect finds behind `__wrapped__`, and looks names up in the globals of the
+    # function. With both of the plain class it sees the plain block.
+    forward = types.FunctionType(forward.__code__, plain.__globals__, closure=forward.__closure__)
+    attributes = dict(plain_class=plain_class, __module__=plain_class.__module__, __doc__=plain_class.__doc__,
+                      forward=update_wrapper(forward, plain))
+    return register_notrace_module(type(f'Skippable{plain_class.__name__}', (SkippableBlock, plain_class), attributes))
+
+
+def _new_skippable(plain_class: Any) -> nn.Module:
+    skippable = skippable_class(plain_class)
+    return skippable.__new__(skippable)
+
+
+def _is_traced(x: torch.Tensor) -> bool:
+    """Whether what runs now is being recorded, by torch.export, jit.trace or fx: that must not freeze a draw."""
+    # not is_exporting(), which torch 2.11 takes for true in all that torch.compile compiles
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing() or is_fx_symbolic_tracing() \
+        or isinstance(x, FakeTensor)
+
+
+def _forward(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of a `SkippableBlock`."""
+    slots = {name: slot for name in block.drop_path_slots
+             if isinstance(slot := block._modules.get(name), DropPathSlot) and slot.drops()}
+    if not slots or _is_traced(x):
+        return _run(block, x, *args, **kwargs)
+    return _run_gated(block, slots, x, *args, **kwargs)
+
+
+def _run(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of the block's own class."""
+    return (block.compiled_forward or block.plain_class.forward)(block, x, *args, **kwargs)
+
+
+# The gate stays outside of every compiled graph, or each pattern would be compiled anew. What it calls is compiled.
+@torch.compiler.disable(recursive=False)
+def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of a block whose `slots` drop: all of them, unless another module was put into one."""
+    if '_is_replica' in block.__dict__:
+        raise RuntimeError('nn.DataParallel: its replicas would draw gates of their own; use DistributedDataParallel')
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # no GPU has run this line
+        raise RuntimeError('a CUDA graph of the whole network would freeze one draw; record its blocks, or call eval()')
+    slot, all_slots = next(iter(slots.values())), len(slots) == len(block.drop_path_slots)
+    draw = slot.gates.ask(slot.index)
+    survival_prob = 1. - draw.rates[slot.index]
+    if slot.gates.mode == 'subset':
+        if not all_slots:
+            raise RuntimeError(f"block {slot.index + 1} has another module in one of its drop_path slots, which mode "
+                               "'subset' can't run on all samples; replace them all, or none")
+        kept = _subset(f'{draw.key}/{slot.index}', x, survival_prob)
+        shortcut = block.run_shortcut(x)
+        scaled = _scaled(block, slots, len(x) / max(1, len(kept)))
+        y = _run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs)
+        return on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype))
+    if draw.open[slot.index]:
+        return _run(_scaled(block, slots, 1. / survival_prob if slot.scale_by_keep else 1.), x, *args, **kwargs)
+    if not all_slots:  # the branch of the other module runs
+        return _run(_scaled(block, slots, 0.), x, *args, **kwargs)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    y = closed_block(block.run_shortcut(x), (*_parameters(block, skip=block.shortcut_path), *tensors))
+    # `y` may share its memory with `x`. The next block writes into neither; other code and hooks may.
+    return y if block.chained and not block._forward_hooks else y.clone()
+
+
+@torch.compiler.disable
+def _subset(key: str, x: torch.Tensor, survival_prob: float) -> torch.Tensor:
+    """Which round(p_l B) of the samples `x` (B, ...) the branch runs on, (k,) int64."""
+    size = len(x)
+    count = min(size, max(1, round(survival_prob * size)))  # 0 where a last batch leaves a rank without images
+    kept = sorted(random.Random(key).sample(range(size), count))
+    return torch.tensor(kept, dtype=torch.int64).to(x.device, non_blocking=True)  # device=x.device would wait for it
+
+
+@torch.compiler.disable
+def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
+    """A shallow copy of `block`, whose branch is multiplied by `factor`, 1 / p_l in an open block."""
+    scaled = _shallow_copy(block, '_modules')
+    scaled.__dict__['copied_from'] = block
+    for name, slot in slots.items():
+        scaled._modules[name] = _shallow_copy(slot)
+        scaled._modules[name].__dict__['factor'] = factor
+    if slot.gates.scale == 'eval' and factor:
+        for name, (path, params) in zip(block.drop_path_slots, block.last_affine, strict=True):
+            if name in slots and _scale_gradient(scaled, path, params, factor):
+                scaled._modules[name].__dict__['factor'] = 1.
+    return scaled
+
+
+def _scale_gradient(block: Any, path: list[str], names: list[str], factor: float) -> bool:
+    """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_parameter`.
+
+    A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone: its
+    gradient is that of scale 'train'. So is a layer with a call of its own, such as by `layer.compile()`.
+
+    Returns:
+        Whether the layer is multiplied by `factor` too, so that the slot needn't: that saves a kernel on a feature map.
+        Only where nothing comes between its parameters and its output.
+    """
+    layer = block
+    for name in path:
+        layer = layer._modules.get(name)
+        if layer is None or 'forward' in layer.__dict__ or layer._compiled_call_impl is not None:
+            return False
+    params = {name: layer.__dict__.get(name, layer._parameters.get(name)) for name in names}  # FSDP1 has plain tensors
+    others = [param for name, param in layer._parameters.items() if name not in params and param is not None]
+    if others or None in params.values() or any(_parameters(child) for child in layer.children()):
+        return False
+    multiplies = type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not layer._forward_hooks
+    for name in path:
+        block._modules[name] = block = _shallow_copy(block._modules[name], '_modules')
+    for name, param in params.items():
+        block.__dict__[name] = scale_parameter(param, factor, 1. / factor) if multiplies \
+            else scale_parameter(param, 1., factor ** -2)
+    return multiplies
+
+
+def _shallow_copy(module: Any, *own: str) -> Any:
+    """A module with the same attributes as `module`, of which it has the dicts `own` for itself."""
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update((name, dict(module.__dict__[name])) for name in own)
+    return copy
+
+
+def _parameters(module: nn.Module, skip: Sequence[str] = ()) -> list[torch.Tensor]:
+    """The parameters in a module but for those of its children `skip`; much faster than Module.parameters()."""
+    found: list[torch.Tensor] = [param for param in module._parameters.values() if param is not None]
+    for name, child in module._modules.items():
+        if child is not None and (child._parameters or child._modules) and name not in skip:
+            found += _parameters(child)
+    return found
+
+
+def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """shortcut + block.drop_path(residual), each (B, C, H, W).
+
+    The scale of a `DropPathSlot` is fused into the addition: a kernel of its own would eat a good part of what is
+    saved.
+    """
+    slot: Any = block.drop_path
+    if isinstance(slot, DropPathSlot) and slot.factor is not None:
+        return torch.add(shortcut, residual, alpha=slot.factor)
+    return shortcut + slot(residual)
