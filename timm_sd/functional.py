@@ -1,5 +1,5 @@
 """What the method does to tensors: zero gradients, the scale of the paper's eq. 5, and taking samples out."""
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,34 @@ def closed_block(shortcut: torch.Tensor, params: Iterable[torch.Tensor]) -> torc
     return _ClosedBlock.apply(shortcut, *params)
 
 
-def scale_parameter(param: torch.Tensor, factor: float, grad_factor: float) -> torch.Tensor:
-    """param * factor, whose gradient reaches `param` times `grad_factor`: the paper's eq. 5 with plain stored weights.
+class _ScaleParameters(torch.autograd.Function):
+    """Multiplies tensors by one factor and their gradients by another: one kernel each way on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: float, grad_factor: float, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.factor, ctx.grad_factor = factor, grad_factor
+        return tuple(torch._foreach_mul(params, factor))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        return None, None, *torch._foreach_mul(grads, ctx.grad_factor)
+
+    @staticmethod
+    def jvp(ctx: Any, factor: None, grad_factor: None, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch._foreach_mul(tangents, ctx.factor))
+
+
+def scale_parameters(params: Sequence[torch.Tensor], factor: float, grad_factor: float) -> Sequence[torch.Tensor]:
+    """The parameters times `factor`, whose gradients reach them times `grad_factor`: eq. 5 with plain stored weights.
 
     The paper trains s + g n + b, where n is what the branch's last batch norm normalised, and evaluates
     s + p (g n + b). Stored are g' = p g and b' = p b, so that s + g' n + b' evaluates, and s + (g' n + b') / p trains.
     SGD with the learning rate r moves g by -r dg, so it must move g' = p g by -r p dg: the gradient of g' is p dg. By
     the chain rule it would be dg / p, p ** 2 of which is right.
     """
-    return torch.add(param.detach() * (factor - grad_factor), param, alpha=grad_factor)
+    if torch._C._are_functorch_transforms_active():  # as in `closed_block`
+        return [torch.add(param.detach() * (factor - grad_factor), param, alpha=grad_factor) for param in params]
+    return _ScaleParameters.apply(factor, grad_factor, *params)
 
 
 def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from .functional import closed_block, on_channels_last, scale_parameter
+from .functional import closed_block, on_channels_last, scale_parameters
 from .gates import DepthGates
 
 
@@ -234,7 +234,7 @@ def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
 
 
 def _scale_gradient(block: Any, path: list[str], names: list[str], factor: float) -> bool:
-    """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_parameter`.
+    """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_parameters`.
 
     A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone: its
     gradient is that of scale 'train'. So is a layer with a call of its own, such as by `layer.compile()`.
@@ -249,15 +249,14 @@ def _scale_gradient(block: Any, path: list[str], names: list[str], factor: float
         if layer is None or 'forward' in layer.__dict__ or layer._compiled_call_impl is not None:
             return False
     params = {name: layer.__dict__.get(name, layer._parameters.get(name)) for name in names}  # FSDP1 has plain tensors
-    others = [param for name, param in layer._parameters.items() if name not in params and param is not None]
-    if others or None in params.values() or any(_parameters(child) for child in layer.children()):
+    if len(_parameters(layer)) > sum(name in layer._parameters for name in names) \
+            or any(param is None for param in params.values()):
         return False
     multiplies = type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not layer._forward_hooks
     for name in path:
         block._modules[name] = block = _shallow_copy(block._modules[name], '_modules')
-    for name, param in params.items():
-        block.__dict__[name] = scale_parameter(param, factor, 1. / factor) if multiplies \
-            else scale_parameter(param, 1., factor ** -2)
+    scaled = scale_parameters(list(params.values()), *(factor, 1. / factor) if multiplies else (1., factor ** -2))
+    block.__dict__.update(zip(params, scaled, strict=True))
     return multiplies
 
 

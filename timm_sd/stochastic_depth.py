@@ -41,7 +41,7 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
 
     Scales: both divide a branch by p_l in training and do nothing in evaluation, so a state dict is always that of the
     plain network. 'train' is timm's custom. 'eval' is the paper's eq. 5 with plain stored weights, see
-    `scale_parameter`. It follows the paper with SGD, momentum and weight decay. Optimisers that divide by the size of
+    `scale_parameters`. It follows the paper with SGD, momentum and weight decay. Optimisers that divide by the size of
     the gradient, such as Adam, take their own steps in the scaled weights. Clipping by a norm counts their gradients
     p_l times as large as the paper's.
 
