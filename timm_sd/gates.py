@@ -110,6 +110,7 @@ class DepthGates:
         seed: Seed of the draws.
         epoch: Epoch of the draws.
         step: Number of draws in this epoch.
+        active: Whether a rate was ever above 0; before that no gate is asked.
         mode: 'batch', 'subset' or 'sample', see `make_skippable`; in mode 'sample' timm's DropPath draws, and no gate.
         scale: 'train' or 'eval', see `make_skippable`.
 

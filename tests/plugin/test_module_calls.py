@@ -1,62 +1,19 @@
-"""A closed block is a module call like any other: hooks, memory, torch.func, gradients, keyword arguments.
+"""A closed block is a module call like any other: hooks, memory, arguments.
 
 The reference is the plain block, which computes its whole branch and multiplies it by 0 or by 1 / p.
 """
-import copy
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import timm_sd
+from support.gated import PATTERNS, RATE, each_network, forced, gradients, in_training, naive, skippable
 from support.kinds import added, network
-from support.networks import CountOps, Naive, force, pictures, toy
+from support.networks import CountOps, force, pictures, toy
 from timm_sd.gates import DepthGates
-from timm_sd.skippable import SkippableBlock
 from timm_sd.stochastic_depth import Residual, make_skippable
-
-RATE = 0.5
-PATTERNS = {'toy': (True, False, False), 'test_resnet': (False, True, False, False),
-            'test_vit': (True, False, False, True, True, False)}
-each_network = pytest.mark.parametrize('name', PATTERNS)
-each_scale = pytest.mark.parametrize('scale', ['train', 'eval'])
-
-
-def skippable(model):
-    return [block for block in model.modules() if isinstance(block, SkippableBlock)]
-
-
-def in_training(model):
-    """Training, with batch norm frozen: a plain block would move its statistics where a closed one doesn't."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model
-
-
-def forced(name, gates=None, scale='train'):
-    """A network with these gates, by default those of PATTERNS, and images for it."""
-    if name == 'toy':
-        model, x = toy(drop_path_rate=RATE, drop_path_schedule='uniform', drop_path_scale=scale), pictures()
-    else:
-        model = added(name, RATE, schedule='uniform', scale=scale)
-        x = pictures(2, 64 if name == 'test_vit' else 32)
-    force(model, gates or PATTERNS[name])
-    return in_training(model), x
-
-
-def naive(model, gates):
-    """The plain network of the same weights, which multiplies each branch as `gates` say, and its blocks."""
-    model = copy.deepcopy(model)
-    blocks = {block: block.drop_path_slots for block in skippable(model)}
-    timm_sd.remove_stochastic_depth(model)
-    for (block, slots), is_open in zip(blocks.items(), gates, strict=True):
-        for slot in slots:
-            setattr(block, slot, Naive(is_open / (1. - RATE)))
-    return model, list(blocks)
 
 
 def record(blocks):
@@ -88,10 +45,6 @@ def record(blocks):
         block.register_full_backward_pre_hook(note(index, 'backward pre'))
         block.register_full_backward_hook(note(index, 'backward'))
     return seen
-
-
-def gradients(model):
-    return {name: param.grad for name, param in model.named_parameters()}
 
 
 # --- hooks
@@ -257,93 +210,6 @@ def test_a_closed_block_is_differentiated_twice(gates):
     ('nf_regnet_b0', [False])])
 def test_blocks_are_chained_where_one_feeds_the_next(name, chained):
     assert [block.chained for block in skippable(added(name))] == chained
-
-
-# --- torch.func
-
-
-@pytest.mark.parametrize(('name', 'scale'), [
-    ('toy', 'eval'), pytest.param('test_vit', 'train', marks=pytest.mark.slow)])
-def test_per_sample_gradients_are_those_of_single_samples(name, scale):
-    model, x = forced(name, scale=scale)
-
-    def loss(params, picture):
-        return functional_call(model, params, (picture[None],)).square().sum()
-
-    found = vmap(grad(loss), (None, 0))(dict(model.named_parameters()), x)
-    for index in range(len(x)):
-        model.zero_grad()
-        model(x[index:index + 1]).square().sum().backward()
-        torch.testing.assert_close({key: of_all[index] for key, of_all in found.items()}, gradients(model),
-                                   rtol=1e-4, atol=1e-5)
-
-
-@each_scale
-def test_derivatives_of_torch_func_are_those_of_autograd(scale):
-    model, x = forced('toy', scale=scale)
-    model, x, v = model.double(), x.double(), torch.randn(4, 3, 8, 8, dtype=torch.double)
-    leaf = x.clone().requires_grad_()
-    y = model(leaf)
-    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in y[0]]
-    torch.testing.assert_close(grad(lambda x: model(x)[0, 0])(x), rows[0])
-    torch.testing.assert_close(jacrev(lambda x: model(x)[0])(x), torch.stack(rows))
-    value, product = jvp(model, (x,), (v,))
-    torch.testing.assert_close(value, y)
-    torch.testing.assert_close(product[0], torch.stack([(row * v).sum() for row in rows]))
-
-
-@each_scale
-def test_a_functional_call_uses_the_parameters_it_is_given(scale):
-    model, x = forced('toy', scale=scale)
-    params = {name: (param * 1.5).detach().requires_grad_() for name, param in model.named_parameters()}
-    other = copy.deepcopy(model)
-    force(other, PATTERNS['toy'])
-    other.load_state_dict({**other.state_dict(), **params})
-    y = functional_call(model, params, (x,))
-    torch.testing.assert_close(y, other(x))
-    y.sum().backward()
-    other(x).sum().backward()
-    torch.testing.assert_close({name: param.grad for name, param in params.items()}, gradients(other))
-    assert all(param.grad is None for param in model.parameters())
-
-
-@each_scale
-def test_an_ensemble_under_vmap_gives_closed_blocks_zeros(scale):
-    (model, x), (other, _) = forced('toy', scale=scale), forced('toy', scale=scale)
-    with torch.no_grad():
-        for param in other.parameters():
-            param.mul_(1.25)
-    params, buffers = stack_module_state([model, other])
-    y = vmap(lambda p, b: functional_call(model, (p, b), (x,)))(params, buffers)
-    torch.testing.assert_close(y, torch.stack([model(x), other(x)]))
-    y.square().sum().backward()
-    for net in (model, other):
-        net(x).square().sum().backward()
-    for name, param in params.items():
-        assert param.grad is not None, name
-        torch.testing.assert_close(param.grad, torch.stack([net.get_parameter(name).grad for net in (model, other)]))
-    assert not params['layer2.0.conv1.weight'].grad.any()
-
-
-# --- gradients
-
-
-@each_network
-def test_the_gradients_of_a_closed_block_are_zeros_for_every_caller(name):
-    model, x = forced(name)
-    plain, _ = naive(model, PATTERNS[name])
-    closed = [param for block, is_open in zip(skippable(model), PATTERNS[name], strict=True) if not is_open
-              for key, param in block.named_parameters() if not key.startswith('downsample')]
-    for param, found in zip(closed, torch.autograd.grad(model(x).sum(), closed), strict=True):
-        assert found.shape == param.shape
-        assert not found.any()
-    every = torch.autograd.grad(model(x)[0], closed, torch.eye(10), is_grads_batched=True)
-    assert all(found.shape[1:] == param.shape and not found.any() for found, param in zip(every, closed, strict=True))
-    for net in (model, plain):
-        net(x).square().sum().backward()
-    norms = [nn.utils.clip_grad_norm_(net.parameters(), 0.1) for net in (model, plain)]
-    torch.testing.assert_close(*norms)
-    torch.testing.assert_close(gradients(model), gradients(plain))
 
 
 # --- arguments
