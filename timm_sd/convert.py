@@ -31,7 +31,7 @@ def add_stochastic_depth(
         drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
         schedule: 'linear' (the paper's eq. 4) or 'uniform'.
         mode: 'batch', 'subset' or 'sample', see `make_skippable`.
-        scale: 'train', or 'eval' for the paper's gradients (eq. 5), see `make_skippable`.
+        scale: 'train', or 'eval' for the paper's gradients (eq. 5), see `make_skippable`. The weights stay as they are.
         seed: Seed of the gates.
 
     Returns:

@@ -15,7 +15,7 @@ SCALES = ('train', 'eval')
 
 # A recomputation finds its own pass among so many of the last ones.
 REMEMBERED_PASSES = 100
-# A pass that has the random numbers of one of so many before it is found out.
+# The beginnings of so many passes are kept, to detect one whose random numbers repeat.
 REMEMBERED_BEGINNINGS = 100_000
 
 _lock = threading.Lock()
@@ -80,7 +80,7 @@ class _Pass(threading.local):
         draw: Its gates; None before the first pass.
         last_block: Index of the last block that asked.
         begun: Whether its beginning is remembered.
-        repeats: Whether an earlier pass, which is forgotten, had its random numbers.
+        repeats: Whether it began with the random numbers of an earlier pass whose gates are forgotten.
     """
     draw: Draw | None = None
     last_block = -1
@@ -153,11 +153,14 @@ class DepthGates:
                             for block, rate in enumerate(rates, start=1))
         self._pass.draw = None  # what this thread runs next is another pass
         # A network that never had a rate stays a plain one, which torch.compile takes whole. One that had asks its
-        # gates even at rate 0: what it recomputes may be of before.
+        # gates even at rate 0: a recomputation may belong to a pass before that.
         self.active = self.active or any(self._rates)
 
     def set_drop_path_rate(self, drop_path_rate: float) -> None:
         """Spreads another rate over the blocks, by the schedule of the first one.
+
+        With scale 'eval' the stored weights stay: evaluation is the same, an open branch in training is divided by the
+        new p_l, and the paper's start value remains that of the first rate.
 
         Args:
             drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
@@ -175,9 +178,11 @@ class DepthGates:
     # --- draws
 
     def set_epoch(self, epoch: int) -> None:
-        """Starts an epoch: the draws that follow are those of its steps 0, 1, ..."""
+        """Starts an epoch: the draws that follow are those of its steps 0, 1, ... Passes before can't be recomputed."""
         self.epoch, self.step = epoch, 0
         self._pass.draw = None
+        self._remembered.clear()
+        self._threads.clear()
 
     def draw(self) -> list[bool]:
         """Draws the gates of the next step: b_l ~ Bernoulli(p_l), True for open."""
@@ -218,7 +223,7 @@ class DepthGates:
     # --- recomputations
 
     def remembers(self, index: int) -> bool:
-        """Whether block `index` runs within a backward pass, to repeat a forward pass that had gates."""
+        """Whether block `index` runs within a backward pass, with the random numbers of a pass that had gates."""
         return torch._C._current_graph_task_id() != -1 and (index, _generator_state()) in self._remembered
 
     def _remember(self, index: int, current: _Pass, draw: Draw) -> None:
@@ -237,9 +242,9 @@ class DepthGates:
         with _lock:
             known = self._remembered.get(place, draw)
             if not current.begun:
-                current.begun = True
                 current.repeats = place in self._beginnings and place not in self._remembered
                 if may_be_recomputed:
+                    current.begun = True
                     self._beginnings[place] = None
             if current.repeats or known != draw:
                 if grad:
@@ -261,7 +266,7 @@ class DepthGates:
         place, name = (index, _generator_state()), f'block {index + 1} runs within a backward pass'
         if len(self._threads) > 1:
             raise RuntimeError(f'{name}, and several threads, which share the random numbers, ran forward passes that '
-                               'may be meant; use activation checkpointing in one thread alone')
+                               'may be meant; checkpoint in one thread alone, or call set_epoch when the others end')
         if place not in self._remembered:
             raise RuntimeError(f'{name}, and none of the last {REMEMBERED_PASSES} forward passes had its random '
                                'numbers; activation checkpointing must restore them (preserve_rng_state=True)')

@@ -162,7 +162,7 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         if None in last:
             raise ValueError(f"drop_path_scale is 'eval', but the branch of {names[block]} ends in nothing that can "
                              "absorb p_l; use 'train'")
-        if found and direct[block]:
+        if found and direct[block] and parent(found[-1].block) == parent(block):
             found[-1] = found[-1]._replace(chained=True)
         found.append(Residual(
             block, tuple(used), path, tuple(layer for layer in last if layer is not None), chained=False))
@@ -178,6 +178,9 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         x = args[0] / args[0].abs().max().clamp(min=1.)  # a thousand untrained layers would overflow in evaluation
         inputs[block] = x.clone()
         return x, *args[1:]
+
+    def parent(block: nn.Module) -> str:
+        return names[block].rpartition('.')[0]
 
     names = {module: name for name, module in model.named_modules()}
     example = next(model.parameters())

@@ -176,13 +176,13 @@ class ResNetCifar(nn.Module):
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
-        blocks = [*self.layer1, *self.layer2, *self.layer3]
+        stages: Any = (self.layer1, self.layer2, self.layer3)
         gates = DepthGates(
-            len(blocks), drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
+            3 * blocks_per_stage, drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
         make_skippable([
             Residual(block, shortcut_path=() if isinstance(block.shortcut, nn.Identity) else ('shortcut',),
-                     last_affine=(block.bn2,), chained=block is not blocks[-1])
-            for block in blocks], gates, initialize=True)
+                     last_affine=(block.bn2,), chained=block is not stage[-1])
+            for stage in stages for block in stage], gates, initialize=True)
         self.init_weights()
 
     @torch.jit.ignore

@@ -52,10 +52,11 @@ class StochasticDepthResNet(ResNet):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.drop_path_rate = drop_path_rate
-        blocks = [block for name in ('layer1', 'layer2', 'layer3', 'layer4') for block in getattr(self, name)]
+        stages = [list(getattr(self, name)) for name in ('layer1', 'layer2', 'layer3', 'layer4')]
         gates = DepthGates(
-            len(blocks), drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
-        make_skippable([_residual(block, chained=block is not blocks[-1]) for block in blocks], gates, initialize=True)
+            sum(map(len, stages)), drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
+        make_skippable([_residual(block, chained=block is not stage[-1]) for stage in stages for block in stage], gates,
+                       initialize=True)
 
 
 # register_model reads this table at decoration time: it must stand above the entry points

@@ -5,8 +5,9 @@ branch returns.
 """
 import random
 import types
-from collections.abc import Sequence
-from functools import cache, update_wrapper
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, partial, update_wrapper
 from typing import Any
 
 import torch
@@ -52,9 +53,16 @@ class DropPathSlot(DropPath):
 
     @torch.jit.unused
     def drops(self) -> bool:
-        """Whether the block asks its gate: in training, and where it repeats a forward pass that was in training."""
-        return self.gates.active and (
-            self.training or (not torch.compiler.is_compiling() and self.gates.remembers(self.index)))
+        """Whether the block asks its gate.
+
+        Raises:
+            RuntimeError: If it runs in evaluation, but may repeat a forward pass that was in training.
+        """
+        if not self.training and self.gates.active and not torch.compiler.is_compiling() \
+                and self.gates.remembers(self.index):
+            raise RuntimeError(f'block {self.index + 1} runs in evaluation within a backward pass, with the random '
+                               'numbers of a training pass; change the mode after backward()')
+        return self.training and self.gates.active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scales the branch's output `x` (B, ...).
@@ -196,7 +204,7 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
                                "'subset' can't run on all samples; replace them all, or none")
         kept = _subset(f'{draw.key}/{slot.index}', x, survival_prob)
         shortcut = block.run_shortcut(x)
-        scaled = _scaled(block, slots, len(x) / max(1, len(kept)))
+        scaled = _scaled(block, slots, len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.)
         y = _run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs)
         return on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype))
     if draw.open[slot.index]:
@@ -226,7 +234,8 @@ def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
     for name, slot in slots.items():
         scaled._modules[name] = _shallow_copy(slot)
         scaled._modules[name].__dict__['factor'] = factor
-    if slot.gates.scale == 'eval' and factor:
+    gates = next(iter(slots.values())).gates
+    if gates.scale == 'eval' and factor:
         for name, (path, params) in zip(block.drop_path_slots, block.last_affine, strict=True):
             if name in slots and _scale_gradient(scaled, path, params, factor):
                 scaled._modules[name].__dict__['factor'] = 1.
@@ -236,8 +245,8 @@ def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
 def _scale_gradient(block: Any, path: list[str], names: list[str], factor: float) -> bool:
     """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_parameters`.
 
-    A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone: its
-    gradient is that of scale 'train'. So is a layer with a call of its own, such as by `layer.compile()`.
+    A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone, and so is
+    one with a call of its own, such as by `layer.compile()`: their gradients are those of scale 'train'.
 
     Returns:
         Whether the layer is multiplied by `factor` too, so that the slot needn't: that saves a kernel on a feature map.
@@ -265,7 +274,16 @@ def _shallow_copy(module: Any, *own: str) -> Any:
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__.update((name, dict(module.__dict__[name])) for name in own)
+    for kind in ('_forward_hooks', '_forward_pre_hooks'):
+        if module.__dict__[kind]:
+            copy.__dict__[kind] = OrderedDict((key, partial(_call_hook, hook, module))
+                                              for key, hook in module.__dict__[kind].items())
     return copy
+
+
+def _call_hook(hook: Callable[..., Any], module: nn.Module, copy: nn.Module, *args: Any) -> Any:
+    """Calls a hook of a copy with the module that it was registered on."""
+    return hook(module, *args)
 
 
 def _parameters(module: nn.Module, skip: Sequence[str] = ()) -> list[torch.Tensor]:
@@ -284,6 +302,7 @@ def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor)
     saved.
     """
     slot: Any = block.drop_path
-    if isinstance(slot, DropPathSlot) and slot.factor is not None:
+    if isinstance(slot, DropPathSlot) and slot.factor is not None \
+            and not slot._forward_hooks and not slot._forward_pre_hooks:
         return torch.add(shortcut, residual, alpha=slot.factor)
     return shortcut + slot(residual)

@@ -2,7 +2,7 @@
 
 The gate of a residual block is drawn on the host before the block runs, once for the mini-batch and identically on
 every rank, so a closed block costs nothing anywhere: no kernel of its branch runs, forward or backward. gates.py draws,
-skippable.py has the block; here is what finds its blocks told where their parts are.
+skippable.py has the block, and `make_skippable` applies both to the blocks of a network.
 """
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -43,7 +43,8 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
     plain network. 'train' is timm's custom. 'eval' is the paper's eq. 5 with plain stored weights, see
     `scale_parameters`. It follows the paper with SGD, momentum and weight decay. Optimisers that divide by the size of
     the gradient, such as Adam, take their own steps in the scaled weights. Clipping by a norm counts their gradients
-    p_l times as large as the paper's.
+    p_l times as large as the paper's. A last layer that is pruned, fused, wrapped (LoRA), compiled for itself or under
+    weight norm gets the gradient of scale 'train'; what the network computes stays right.
 
     Args:
         residuals: The residual blocks in the order of the forward pass.
@@ -85,7 +86,7 @@ def depth_gates(model: nn.Module) -> DepthGates | None:
     At rate 0 and in mode 'sample' they are there too and never draw, so one training loop serves all.
 
     Returns:
-        The gates; None if the model was made without this package.
+        The gates; None if no `drop_path` slot of the model is this package's.
     """
     return next((module.gates for module in model.modules() if isinstance(module, DropPathSlot)), None)
 

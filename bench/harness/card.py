@@ -56,7 +56,7 @@ def method_of(results: dict[str, Any]) -> tuple[str, str, str]:
     """Mode, schedule and scale of a run."""
     if 'drop_path_mode' in results:
         return results['drop_path_mode'], results['drop_path_schedule'], results['drop_path_scale']
-    # Older runs have their flags alone; one that was not given was the network's default of that time.
+    # Older runs, and those of constant depth, have their flags alone; one not given was the default of that time.
     args = results['args']
     return args.get('drop_path_mode') or 'batch', args['drop_path_schedule'] or 'linear', \
         args['drop_path_scale'] or 'train'

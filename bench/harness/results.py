@@ -34,7 +34,7 @@ def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
 
 
 def method(gates: timm_sd.DepthGates | None) -> dict[str, Any]:
-    """What results.json says of the gates of a run; nothing where no gate was drawn."""
+    """What results.json says of the gates of a run; the method is named where a rate was above 0."""
     if gates is None or not gates.active:
         return dict(expected_depth=None, blocks=None)
     drawn = gates.mode != 'sample'

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import timm_sd
-from support.gated import PATTERNS, RATE, each_network, forced, gradients, in_training, naive, skippable
+from support.gated import PATTERNS, RATE, each_network, each_scale, forced, gradients, in_training, naive, skippable
 from support.kinds import added, network
 from support.networks import CountOps, force, pictures, toy
 from timm_sd.gates import DepthGates
@@ -151,10 +151,10 @@ def test_nothing_is_copied_within_the_chain():
     with CountOps() as ops:
         y = model.forward_features(pictures())
         y.sum().backward()
-    outputs, (downsampling, last) = [*inputs[1:], y.data_ptr()], ((3, 6), 8)
+    outputs, downsampling, last = [*inputs[1:], y.data_ptr()], (3, 6), (2, 5, 8)  # of each stage
     assert [y == x for x, y in zip(inputs, outputs, strict=True)] == [
-        index not in (*downsampling, last) for index in range(9)]
-    assert ops.counts['clone'] + ops.counts['copy_'] == 1
+        index not in (*downsampling, *last) for index in range(9)]
+    assert ops.counts['clone'] + ops.counts['copy_'] == 3
 
 
 def test_a_hook_may_write_into_what_a_closed_block_returned():
@@ -202,7 +202,7 @@ def test_a_closed_block_is_differentiated_twice(gates):
 
 
 @pytest.mark.parametrize(('name', 'chained'), [
-    ('test_resnet', [True, True, True, False]), ('test_vit', [True] * 5 + [False]),
+    ('test_resnet', [False] * 4), ('test_vit', [True] * 5 + [False]),
     # a convolution comes before a stage
     ('test_convnext', [False, *[True, False], *[True, True, True, False], *[True, False]]),
     # a block that can't be closed comes before a stage
@@ -256,3 +256,27 @@ def test_a_layer_whose_call_is_replaced_keeps_the_scale(name, layer, change):
     for block in skippable(model):
         change(getattr(block, layer))
     torch.testing.assert_close(model(x), expected)
+
+
+@each_scale
+@pytest.mark.parametrize(('name', 'layer'), [('toy', 'bn2'), ('toy', 'drop_path'), ('test_vit', 'mlp.fc2'),
+                                             ('test_vit', 'mlp')])
+def test_hooks_within_an_open_block_get_the_module_that_they_were_registered_on(name, layer, scale):
+    model, x = forced(name, scale=scale)
+    expected, seen = model(x), []
+    layers = [block.get_submodule(layer) for block in skippable(model)]
+    for module in layers:
+        module.register_forward_pre_hook(lambda module, args: seen.append(module))
+        module.register_forward_hook(lambda module, args, kwargs, y: seen.append(module), with_kwargs=True)
+    torch.testing.assert_close(model(x), expected)
+    is_open = PATTERNS[name]
+    assert seen == [module for module, ran in zip(layers, is_open, strict=True) if ran for _ in range(2)]
+
+
+@pytest.mark.parametrize('with_grad', [True, False])
+def test_the_output_of_a_stage_alone_can_be_written_in_place(with_grad):
+    model, _ = forced('toy', [False] * 3)
+    for stage, channels in ((model.layer1, 16), (model.layer2, 16), (model.layer3, 32)):
+        x = torch.ones(2, channels, 8, 8, requires_grad=with_grad)
+        stage(x).add_(1.)
+        assert (x == 1.).all()

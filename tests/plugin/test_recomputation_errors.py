@@ -266,3 +266,19 @@ def test_of_a_checkpointed_pass_each_block_draws_one_number_of_torchs(way, numbe
     for _ in range(numbers):
         torch.rand(())
     assert found == random_states()
+
+
+@pytest.mark.parametrize('reseeded', [True, False])
+def test_an_evaluation_pass_is_not_recomputed_by_the_gates_of_a_training_pass(reseeded):
+    """It draws no random number, so a training pass may have its state."""
+    model, x = network(), pictures().requires_grad_()
+    torch.manual_seed(0)
+    if reseeded:
+        whole(model, x, True)
+        torch.manual_seed(0)
+    y = whole(model.eval(), x, True)
+    if not reseeded:
+        whole(model.train(), x, True)
+    model.eval()
+    with pytest.raises(RuntimeError, match='block 1 runs in evaluation within a backward pass'):
+        y.sum().backward()

@@ -116,6 +116,19 @@ def test_checkpointing_in_two_threads_is_an_error(mode, reentrant):
         assert '\n' not in str(error)
 
 
+def test_a_thread_that_has_ended_is_forgotten_at_the_next_epoch():
+    model = network()
+
+    def step():
+        checkpoint(model, pictures().requires_grad_(), use_reentrant=True).sum().backward()
+
+    assert in_threads(step) == []
+    with pytest.raises(RuntimeError, match='call set_epoch when the others end'):
+        step()
+    timm_sd.depth_gates(model).set_epoch(1)
+    step()
+
+
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_checkpointing_in_a_thread_that_is_not_the_first_one(reentrant):
     def gradients(call):
