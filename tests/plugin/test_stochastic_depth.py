@@ -49,8 +49,8 @@ def test_a_closed_block_is_its_shortcut():
 
 
 def test_a_closed_identity_block_is_free_but_for_its_zero_gradients():
-    model = toy().train()
-    force(model, [False] * 3)
+    model = toy(2).train()
+    force(model, [False] * 6)
     x = torch.rand(2, 16, 8, 8, requires_grad=True)
     with CountOps() as ops:
         y = model.layer1[0](x)
