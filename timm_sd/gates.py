@@ -207,7 +207,7 @@ class DepthGates:
             RuntimeError: If the block runs within a backward pass, and which forward pass it repeats can't be told; or
                 if this forward pass repeats the random numbers of one that was run to be repeated.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if _in_backward():
             return self._recall(index)
         current = self._pass
         if current.draw is None or index <= current.last_block:
@@ -224,7 +224,7 @@ class DepthGates:
 
     def remembers(self, index: int) -> bool:
         """Whether block `index` runs within a backward pass, with the random numbers of a pass that had gates."""
-        return torch._C._current_graph_task_id() != -1 and (index, _generator_state()) in self._remembered
+        return _in_backward() and (index, _generator_state()) in self._remembered
 
     def _remember(self, index: int, current: _Pass, draw: Draw) -> None:
         """Notes the generator's state and the draw, if this pass may be recomputed.
@@ -306,6 +306,10 @@ class DepthGates:
         self._remembered: dict[tuple[int, int], Draw | None] = {}
         self._beginnings: dict[tuple[int, int], None] = {}
         self._threads: set[int] = set()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _shorten(remembered: dict[Any, Any], size: int) -> None:

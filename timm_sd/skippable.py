@@ -106,7 +106,7 @@ class SkippableBlock(nn.Module):
         shortcut_path: Names of the block's modules that are its shortcut, in their order; none for the identity.
         last_affine: With scale 'eval', where the parameters that end each slot's branch are: the names of the modules
             on the way there, and those of the parameters.
-        chained: Whether its output goes to the next block that can be skipped alone.
+        chained: Whether its output goes to nothing but the next block that can be skipped.
         compiled_forward: The forward of its class, compiled, or None.
     """
     plain_class: type[nn.Module]

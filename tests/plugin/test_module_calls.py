@@ -9,9 +9,9 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import timm_sd
-from support.gated import PATTERNS, RATE, each_network, each_scale, forced, gradients, in_training, naive, skippable
+from support.gated import PATTERNS, RATE, each_network, each_scale, forced, gradients, naive, skippable
 from support.kinds import added, network
-from support.networks import CountOps, force, pictures, toy
+from support.networks import CountOps, force, freeze_statistics, pictures, toy
 from timm_sd.gates import DepthGates
 from timm_sd.stochastic_depth import Residual, make_skippable
 
@@ -127,7 +127,7 @@ def test_a_hook_that_is_always_called_is_called_where_a_closed_block_fails():
 def test_what_leaves_the_closed_blocks_can_be_written_in_place(name, kwargs, with_grad):
     def run(write):
         model = toy() if name == 'toy' else timm_sd.add_stochastic_depth(network(name, **kwargs), RATE)
-        force(in_training(model), [False] * len(timm_sd.depth_gates(model).open))
+        force(freeze_statistics(model), [False] * len(timm_sd.depth_gates(model).open))
         inputs = []
         skippable(model)[-1].register_forward_pre_hook(lambda _, args: inputs.append((args[0], args[0].clone())))
         with torch.set_grad_enabled(with_grad):
@@ -143,7 +143,7 @@ def test_what_leaves_the_closed_blocks_can_be_written_in_place(name, kwargs, wit
 
 
 def test_nothing_is_copied_within_the_chain():
-    model = in_training(toy(3))
+    model = freeze_statistics(toy(3))
     force(model, [False] * 9)
     inputs = []
     for block in skippable(model):
@@ -158,7 +158,7 @@ def test_nothing_is_copied_within_the_chain():
 
 
 def test_a_hook_may_write_into_what_a_closed_block_returned():
-    model = in_training(toy(3))
+    model = freeze_statistics(toy(3))
     force(model, [False] * 9)
     kept = []
     for block in skippable(model):
@@ -171,7 +171,7 @@ def test_a_hook_may_write_into_what_a_closed_block_returned():
 
 def test_a_cuda_graph_of_the_whole_network_is_refused(monkeypatch):
     """No GPU is needed: what asks it is replaced."""
-    model = in_training(toy())
+    model = freeze_statistics(toy())
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
     model(pictures())
 

@@ -1,5 +1,4 @@
 """Ways of running the paper's network with activation checkpointing."""
-
 import pytest
 import torch
 from timm.models import checkpoint_seq
@@ -7,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import timm_sd
-from support.networks import blocks_of, pictures, toy
+from support.networks import blocks_of, freeze_statistics, pictures, toy
 
 KINDS = dict(batch_train=dict(drop_path_scale='train'), batch_eval=dict(drop_path_scale='eval'),
              subset=dict(drop_path_mode='subset'))
@@ -18,10 +17,7 @@ both_checkpoints = pytest.mark.parametrize('reentrant', [False, True])
 
 def network(kind='batch_eval', blocks_per_stage=2, epoch=3, **kwargs):
     """A network whose batch norm is frozen: its running statistics would move again in a recomputation."""
-    model = toy(blocks_per_stage, **{'drop_path_schedule': 'uniform', **KINDS[kind], **kwargs}).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+    model = freeze_statistics(toy(blocks_per_stage, **{'drop_path_schedule': 'uniform', **KINDS[kind], **kwargs}))
     timm_sd.depth_gates(model).set_epoch(epoch)
     return model
 

@@ -2,11 +2,10 @@
 import copy
 
 import pytest
-from torch import nn
 
 import timm_sd
 from support.kinds import added
-from support.networks import Naive, force, pictures, toy
+from support.networks import Naive, force, freeze_statistics, pictures, toy
 from timm_sd.skippable import SkippableBlock
 
 RATE = 0.5
@@ -20,15 +19,6 @@ def skippable(model):
     return [block for block in model.modules() if isinstance(block, SkippableBlock)]
 
 
-def in_training(model):
-    """Training, with batch norm frozen: a plain block would move its statistics where a closed one doesn't."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model
-
-
 def forced(name, gates=None, scale='train'):
     """A network with these gates, by default those of PATTERNS, and images for it."""
     if name == 'toy':
@@ -37,7 +27,7 @@ def forced(name, gates=None, scale='train'):
         model = added(name, RATE, schedule='uniform', scale=scale)
         x = pictures(2, 64 if name == 'test_vit' else 32)
     force(model, gates or PATTERNS[name])
-    return in_training(model), x
+    return freeze_statistics(model), x  # a plain block would move them where a closed one doesn't
 
 
 def naive(model, gates):
