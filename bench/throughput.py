@@ -5,7 +5,7 @@
     python bench/throughput.py --model resnet50 vit_small_patch16_224 --drop-path-schedule uniform -b 8
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
-    python bench/throughput.py --host --rounds 400                    # Python and autograd of a block's gate
+    python bench/throughput.py --host --rounds 200                    # Python and autograd of a block's gate
 
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.

@@ -19,17 +19,15 @@ class _ClosedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        needed = ctx.needs_input_grad[1:]
-        grads = [torch.empty_like(p) if need else None for p, need in zip(ctx.params, needed, strict=True)]
-        zeros = [zero for zero in grads if zero is not None]
+        zeros = [torch.empty_like(param) for param in ctx.params]
         if len({type(zero) for zero in zeros}) == 1:
             torch._foreach_zero_(zeros)  # one kernel a block, not one a parameter: on a GPU launches bind the step
         else:  # a layer that is sharded for itself
             for zero in zeros:
                 zero.zero_()
         if torch.is_grad_enabled():  # to be differentiated again
-            grads = [zero if zero is None else zero + grad.flatten()[:0].sum() for zero in grads]
-        return grad, *grads
+            zeros = [zero + grad.flatten()[:0].sum() for zero in zeros]
+        return grad, *zeros
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor, *params: Any) -> torch.Tensor:
@@ -49,7 +47,7 @@ def closed_block(shortcut: torch.Tensor, params: Iterable[torch.Tensor]) -> torc
     """
     if torch._C._are_functorch_transforms_active():  # they want Functions in another form, which is slower to call
         return shortcut + sum(param.flatten()[:0].sum().to(shortcut.dtype) for param in params)
-    return _ClosedBlock.apply(shortcut, *params)
+    return _ClosedBlock.apply(shortcut, *(param for param in params if param.requires_grad))
 
 
 class _ScaleParameters(torch.autograd.Function):

@@ -272,12 +272,14 @@ def _scale_gradient(block: Any, path: list[str], names: list[str], factor: float
 def _shallow_copy(module: Any, *own: str) -> Any:
     """A module with the same attributes as `module`, of which it has the dicts `own` for itself."""
     copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__.update((name, dict(module.__dict__[name])) for name in own)
+    attributes = copy.__dict__
+    attributes.update(module.__dict__)
+    for name in own:
+        attributes[name] = dict(attributes[name])
     for kind in ('_forward_hooks', '_forward_pre_hooks'):
-        if module.__dict__[kind]:
-            copy.__dict__[kind] = OrderedDict((key, partial(_call_hook, hook, module))
-                                              for key, hook in module.__dict__[kind].items())
+        if attributes[kind]:
+            attributes[kind] = OrderedDict((key, partial(_call_hook, hook, module))
+                                           for key, hook in attributes[kind].items())
     return copy
 
 
