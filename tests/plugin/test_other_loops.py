@@ -18,7 +18,6 @@ BATCHES, STEPS, STOP = 4, 8, 6  # stops in the middle of the second epoch
 
 def example(library):
     """The callback of the snippet that imports `library`."""
-    pytest.importorskip(library)
     names = {}
     exec(*snippets(README.read_text(), of=library), names)
     return names['KeepGates']
