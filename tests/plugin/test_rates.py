@@ -113,10 +113,24 @@ def test_a_rate_set_after_a_pass_that_ended_early_is_followed():
     gates = timm_sd.depth_gates(model)
     model.forward_intermediates(x64(), indices=[0], stop_early=True)
     gates.set_drop_path_rate(0.)
-    gates.set_epoch(7)
-    blocks_of(model)[0].drop_path.eval()
+    blocks_of(model)[0].drop_path.eval()  # so the second block asks first
     assert run_counts(model, 1) == [1, 1, 1]
-    assert gates.step == 1
+    assert gates.step == 2
+
+
+def test_an_epoch_set_after_a_pass_that_ended_early_is_followed():
+    model = network(drop_path_rate=0.5)
+    gates, draws = timm_sd.depth_gates(model), []
+    for epoch in range(6):
+        model.forward_intermediates(x64(), indices=[0], stop_early=True)
+        gates.set_epoch(epoch)
+        draws.append(gates.draw()[1:])
+        gates.set_epoch(epoch)
+        blocks_of(model)[0].drop_path.eval()
+        assert run_counts(model, 1)[1:] == draws[-1]
+        assert gates.step == 1
+        blocks_of(model)[0].drop_path.train()
+    assert len(set(map(tuple, draws))) > 1
 
 
 @BAD_RATES

@@ -73,6 +73,8 @@ def test_the_same_torch_seed_before_two_passes_is_an_error(way, reentrant):
 
 @both_checkpoints
 def test_the_same_torch_seed_is_an_error_after_many_passes_too(reentrant, monkeypatch):
+    """The beginning of a pass is remembered far longer than its gates."""
+    assert gates_module.REMEMBERED_BEGINNINGS >= 100 * gates_module.REMEMBERED_PASSES
     monkeypatch.setattr(gates_module, 'REMEMBERED_PASSES', 3)
 
     def run():
@@ -127,6 +129,15 @@ def test_more_passes_than_are_remembered_are_an_error(reentrant, monkeypatch):
     sum(losses[1:]).backward()
     with refusal('last 3 forward passes'):
         losses[0].backward()
+
+
+@both_checkpoints
+def test_passes_of_an_epoch_before_are_an_error(reentrant):
+    model = network()
+    loss = whole(model, pictures().requires_grad_(), reentrant).sum()
+    timm_sd.depth_gates(model).set_epoch(1)
+    with refusal('none of the last 100 forward passes'):
+        loss.backward()
 
 
 class InBackward(torch.autograd.Function):
