@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import timm_sd
 from support import reference
-from support.networks import force, lively, pictures, toy
+from support.gated import PATTERNS, RATE, forced, naive, skippable
+from support.networks import blocks_of, force, lively, pictures, toy
 
 BLOCKS_PER_STAGE, LR, MOMENTUM, WEIGHT_DECAY = 2, 0.1, 0.9, 1e-2
 SURVIVAL = reference.survival_probabilities(6, 0.5)
@@ -77,9 +78,17 @@ def reloaded(model):
     return pickle.loads(pickle.dumps(model))
 
 
+def hooked(model):
+    """A hook may see the last layer's output, which then must not be divided yet."""
+    for block in blocks_of(model):
+        block.bn2.register_forward_hook(lambda *_: None)
+    return model
+
+
 @pytest.mark.parametrize(('way', 'copied'), [
     (accumulated, as_it_is), (by_one_backward, as_it_is), (by_autograd_grad, as_it_is), (by_functional_call, as_it_is),
-    (by_grad_scaler, as_it_is), (frozen_and_released, as_it_is), (accumulated, copy.deepcopy), (accumulated, reloaded)])
+    (by_grad_scaler, as_it_is), (frozen_and_released, as_it_is), (accumulated, copy.deepcopy), (accumulated, reloaded),
+    (accumulated, hooked)])
 def test_five_updates_are_those_of_the_naive_eq_5(way, copied):
     model = copied(lively(toy(BLOCKS_PER_STAGE, drop_path_scale='eval')).double().train())
     optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
@@ -110,6 +119,21 @@ def test_five_updates_are_those_of_the_naive_eq_5(way, copied):
     x = pictures().double()
     torch.testing.assert_close(model.eval()(x), reference.forward({**state, **papers}, x, BLOCKS_PER_STAGE, SURVIVAL),
                                rtol=0., atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['toy', 'test_vit'])
+def test_the_last_layers_gradient_is_the_plain_ones_times_the_survival_probability_squared(name):
+    """Whatever the layer, and wherever it stands in the block."""
+    model, x = forced(name, scale='eval')
+    plain, _ = naive(model, PATTERNS[name])
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    last = {id(param) for block in skippable(model) for path, _ in block.last_affine
+            for param in block.get_submodule('.'.join(path)).parameters()}
+    assert len(last) == 2 * sum(len(block.last_affine) for block in skippable(model))
+    for (where, param), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        factor = (1. - RATE) ** 2 if id(param) in last else 1.
+        torch.testing.assert_close(param.grad, factor * expected.grad, msg=lambda text, where=where: f'{where}: {text}')
 
 
 def test_under_autocast_the_gradient_is_about_the_papers():

@@ -117,6 +117,37 @@ def test_a_hook_that_is_always_called_is_called_where_a_closed_block_fails():
     assert seen == ['always']
 
 
+# --- attributes
+
+
+class Counting(nn.Module):
+    """A block that keeps what it saw, as blocks with attention maps or auxiliary losses do."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch, self.drop_path, self.passes, self.mean = nn.Linear(4, 4), nn.Identity(), 0, None
+        self.register_buffer('seen', torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        self.mean = x.mean()
+        self.seen = self.seen + 1
+        return x + self.drop_path(self.branch(x))
+
+
+@each_scale
+def test_what_an_open_block_assigns_to_itself_stays(scale):
+    block = Counting()
+    make_skippable([Residual(block, last_affine=(block.branch,))], DepthGates(1, 0.5, scale=scale))
+    gates, x, opened = block.drop_path.gates, torch.randn(2, 4), 0
+    for _ in range(20):
+        block(x)
+        opened += gates.open[0]
+    assert 0 < opened < 20
+    assert (block.passes, block.seen.item(), block.mean) == (opened, opened, x.mean())
+    assert block.state_dict()['seen'] == opened
+
+
 # --- memory
 
 

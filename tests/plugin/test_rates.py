@@ -85,6 +85,27 @@ def test_a_new_rate_is_the_scale_of_an_open_block(scale):
         torch.testing.assert_close(model(x64()), twin(x64()), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('scale', ['train', 'eval'])
+def test_without_scale_by_keep_an_open_branch_is_added_as_it_is(scale):
+    model = network(drop_path_scale=scale)
+    force(model, [True, False, True])
+    for slot in slots_of(model):
+        slot.scale_by_keep = False
+    torch.testing.assert_close(model(x64()), with_factors(model, [1., 0., 1.])(x64()), rtol=1e-12, atol=1e-12)
+
+
+def test_without_scale_by_keep_the_samples_of_a_subset_are_those_of_the_plain_network():
+    block = blocks_of(network(drop_path_mode='subset'))[0]
+    x = torch.rand(10, 16, 8, 8, dtype=torch.float64)  # not negative, as behind a ReLU, which the others don't pass
+    plain, found = block.eval()(x), {}
+    for scale_by_keep in (True, False):
+        block.train().bn1.eval(), block.bn2.eval()
+        block.drop_path.scale_by_keep = scale_by_keep
+        rows = block(x).isclose(plain).flatten(1).all(1)
+        found[scale_by_keep] = rows.sum().item()
+    assert found == {True: 0, False: 5}
+
+
 def test_a_new_rate_is_the_share_of_samples_of_a_subset():
     model, sizes = network(drop_path_mode='subset'), []
     blocks_of(model)[0].conv1.register_forward_hook(lambda _, args, y: sizes.append(len(y)))
@@ -299,6 +320,19 @@ def test_a_state_resumes_in_the_middle_of_an_epoch():
     assert timm_sd.depth_gates(resumed).state_dict() == gates.state_dict()
     for _ in range(5):
         assert run_counts(resumed, 1) == run_counts(model, 1)
+
+
+def test_a_state_taken_while_the_rate_is_0_goes_on_counting_passes():
+    model = network()
+    gates = timm_sd.depth_gates(model)
+    gates.set_drop_path_rate(0.)
+    resumed = network(drop_path_rate=0.)
+    timm_sd.depth_gates(resumed).load_state_dict(gates.state_dict())
+    for net in (model, resumed):
+        run_counts(net, 3)
+        timm_sd.depth_gates(net).set_drop_path_rate(0.5)
+    assert timm_sd.depth_gates(resumed).state_dict() == gates.state_dict()
+    assert gates.step == 3
 
 
 def test_a_rate_of_numpy_gives_a_state_that_json_takes():
