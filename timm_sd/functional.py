@@ -50,34 +50,36 @@ def closed_block(shortcut: torch.Tensor, params: Iterable[torch.Tensor]) -> torc
     return _ClosedBlock.apply(shortcut, *(param for param in params if param.requires_grad))
 
 
-class _ScaleParameters(torch.autograd.Function):
-    """Multiplies tensors by one factor and their gradients by another: one kernel each way on a GPU."""
+class _ScaleGradients(torch.autograd.Function):
+    """Hands tensors through, and multiplies their gradients by a factor."""
 
     @staticmethod
-    def forward(ctx: Any, factor: float, grad_factor: float, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.factor, ctx.grad_factor = factor, grad_factor
-        return tuple(torch._foreach_mul(params, factor))
+    def forward(ctx: Any, factor: float, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.factor = factor
+        return tuple(param.view_as(param) for param in params)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
-        return None, None, *torch._foreach_mul(grads, ctx.grad_factor)
+        if torch._C._functorch.is_legacy_batchedtensor(grads[0]):  # torch.autograd.grad(..., is_grads_batched=True)
+            return None, *(grad * ctx.factor for grad in grads)
+        return None, *torch._foreach_mul(grads, ctx.factor)  # one kernel on a GPU
 
     @staticmethod
-    def jvp(ctx: Any, factor: None, grad_factor: None, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch._foreach_mul(tangents, ctx.factor))
+    def jvp(ctx: Any, factor: None, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tangent.view_as(tangent) for tangent in tangents)
 
 
-def scale_parameters(params: Sequence[torch.Tensor], factor: float, grad_factor: float) -> Sequence[torch.Tensor]:
-    """The parameters times `factor`, whose gradients reach them times `grad_factor`: eq. 5 with plain stored weights.
+def scale_gradients(params: Sequence[torch.Tensor], factor: float) -> Sequence[torch.Tensor]:
+    """The same parameters, whose gradients reach them times `factor`: the paper's eq. 5 with plain stored weights.
 
     The paper trains s + g n + b, where n is what the branch's last batch norm normalised, and evaluates
     s + p (g n + b). Stored are g' = p g and b' = p b, so that s + g' n + b' evaluates, and s + (g' n + b') / p trains.
     SGD with the learning rate r moves g by -r dg, so it must move g' = p g by -r p dg: the gradient of g' is p dg. By
-    the chain rule it would be dg / p, p ** 2 of which is right.
+    the chain rule it would be dg / p, p ** 2 of which is right. So `factor` is p ** 2.
     """
     if torch._C._are_functorch_transforms_active():  # as in `closed_block`
-        return [torch.add(param.detach() * (factor - grad_factor), param, alpha=grad_factor) for param in params]
-    return _ScaleParameters.apply(factor, grad_factor, *params)
+        return [torch.lerp(param.detach(), param, factor) for param in params]
+    return _ScaleGradients.apply(factor, *params)
 
 
 def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,

@@ -182,6 +182,7 @@ class DepthGates:
         self.epoch, self.step = epoch, 0
         self._pass.draw = None
         self._remembered.clear()
+        self._beginnings.clear()
         self._threads.clear()
 
     def draw(self) -> list[bool]:
@@ -324,4 +325,5 @@ def _generator_state() -> int:
 
 
 def _advance_generator() -> None:
-    torch.rand((), device='cpu')
+    with torch._C._DisableTorchDispatch():  # a selective checkpoint would take the number from its cache
+        torch.rand((), device='cpu')

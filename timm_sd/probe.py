@@ -151,10 +151,13 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         with _other_weights(block):
             for probe in used.values():
                 probe.closed = True
-            closed = block.forward(x.clone(), *args[1:], **kwargs)
+            # with negative values too, or a ReLU behind the addition would look like nothing
+            closed = [(y, block.forward(y.clone(), *args[1:], **kwargs)) for y in (x, x - x.mean())]
             for probe in used.values():
                 probe.closed = False
-            path = _shortcut_path(block, x, closed)
+            path = _shortcut_path(block, closed)
+            if path is None:  # a ReLU that is no module
+                path = _shortcut_path(block, closed[:1])
         if path is None:
             stay_open.append(block)
             return
@@ -165,7 +168,8 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
         if found and direct[block] and parent(found[-1].block) == parent(block):
             found[-1] = found[-1]._replace(chained=True)
         found.append(Residual(
-            block, tuple(used), path, tuple(layer for layer in last if layer is not None), chained=False))
+            block, tuple(used), path, tuple(layer for layer in last if layer is not None), chained=False,
+            nonnegative=bool((x >= 0).all())))
         last_output[:] = [output]
 
     def keep_input(block: nn.Module, args: tuple) -> tuple | None:
@@ -197,17 +201,23 @@ def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residu
     return found, len(stay_open)
 
 
-def _shortcut_path(block: nn.Module, x: torch.Tensor, closed: Any) -> tuple[str, ...] | None:
-    """The modules that turn `x` into the closed block's output, or None if that takes more than these."""
-    for path in ((), *_SHORTCUTS, *((name,) for name, _ in block.named_children())):
+def _shortcut_path(block: nn.Module, closed: list[tuple[torch.Tensor, Any]]) -> tuple[str, ...] | None:
+    """The modules that turn each input into the closed block's output, or None if that takes more than these."""
+    # the last activation rather than another one that does the same
+    for path in ((), *_SHORTCUTS, *((name,) for name, _ in reversed(list(block.named_children())))):
         modules: list[Any] = [getattr(block, name, None) for name in path]
-        y = x.clone()
-        try:
-            for module in modules:
-                y = module(y)
-        except (RuntimeError, TypeError, ValueError, AssertionError):  # a module that wants something else
-            continue
-        if isinstance(y, torch.Tensor) and isinstance(closed, torch.Tensor) and y.shape == closed.shape \
-                and torch.allclose(y, closed, rtol=1e-5, atol=1e-6):  # another memory layout rounds differently
+        if all(_gives(modules, x, output) for x, output in closed):
             return path
     return None
+
+
+def _gives(modules: list[Any], x: torch.Tensor, output: Any) -> bool:
+    """Whether `modules`, one behind the other, turn `x` into `output`."""
+    y = x.clone()
+    try:
+        for module in modules:
+            y = module(y)
+    except (RuntimeError, TypeError, ValueError, AssertionError):  # a module that wants something else
+        return False
+    return isinstance(y, torch.Tensor) and isinstance(output, torch.Tensor) and y.shape == output.shape \
+        and torch.allclose(y, output, rtol=1e-5, atol=1e-6)  # another memory layout rounds differently

@@ -41,8 +41,7 @@ class PoolPad(nn.Module):
 class BasicBlock(nn.Module):
     """ReLU(shortcut + f), f = conv3x3-BN-ReLU-conv3x3-BN.
 
-    A closed block is its shortcut alone, without the ReLU: its input comes out of one, and pooling and zero channels
-    keep it non-negative.
+    A closed block is ReLU(shortcut). Where that is the block's input, which comes out of a ReLU, nothing runs.
 
     Args:
         in_chs: Channels of the input.
@@ -85,10 +84,13 @@ class BasicBlock(nn.Module):
         return self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
 
     def run_branch(self, x: torch.Tensor) -> torch.Tensor:
-        """branch(x): compiled for training, or with activations recomputed in the backward pass, where asked for."""
+        """branch(x): compiled for training, and with activations recomputed in the backward pass, where asked for."""
         branch = (self.training and self.compiled_branch) or BasicBlock.branch
-        if not self.grad_checkpointing:
-            return branch(self, x)
+        return self.recompute(branch, x) if self.grad_checkpointing else branch(self, x)
+
+    @torch.compiler.disable  # torch.compile knows no context_fn
+    def recompute(self, branch: Any, x: torch.Tensor) -> torch.Tensor:
+        """branch(self, x), with activations that are recomputed in the backward pass."""
         return checkpoint(
             branch, self, x, use_reentrant=False, context_fn=lambda: (nullcontext(), self.statistics_at_rest()))
 
@@ -96,7 +98,8 @@ class BasicBlock(nn.Module):
     def statistics_at_rest(self) -> Iterator[None]:
         """Within it batch norm moves no running statistic: the recomputation must not do so a second time."""
         # not track_running_stats = False: autograd would then save fewer tensors than in the forward pass
-        layers: Any = [layer for layer in (self.bn1, self.bn2) if hasattr(layer, 'momentum')]  # a frozen one has none
+        layers: Any = [layer for layer in (self.bn1, self.bn2)
+                       if getattr(layer, 'num_batches_tracked', None) is not None]  # it has statistics
         before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
         for layer in layers:
             layer.momentum = 0.
@@ -180,8 +183,8 @@ class ResNetCifar(nn.Module):
         gates = DepthGates(
             3 * blocks_per_stage, drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
         make_skippable([
-            Residual(block, shortcut_path=() if isinstance(block.shortcut, nn.Identity) else ('shortcut',),
-                     last_affine=(block.bn2,), chained=block is not stage[-1])
+            Residual(block, shortcut_path=('shortcut', 'act2'), last_affine=(block.bn2,),
+                     chained=block is not stage[-1], nonnegative=True)
             for stage in stages for block in stage], gates, initialize=True)
         self.init_weights()
 

@@ -17,11 +17,10 @@ __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; regi
 
 def _residual(block: Any, chained: bool) -> Residual:
     last_act, last_norm = ('act2', block.bn2) if isinstance(block, BasicBlock) else ('act3', block.bn3)
-    # the block's last activation follows the shortcut too; a ReLU changes nothing behind another one
-    act = () if block.downsample is None and isinstance(getattr(block, last_act), nn.ReLU) else (last_act,)
-    path = act if block.downsample is None else ('downsample', *act)
+    path = (last_act,) if block.downsample is None else ('downsample', last_act)
     last_affine = (last_norm,) if block.se is None else ()  # attention isn't linear
-    return Residual(block, shortcut_path=path, last_affine=last_affine, chained=chained)
+    nonnegative = isinstance(getattr(block, last_act), nn.ReLU)  # then all of timm's ResNet has ReLUs
+    return Residual(block, shortcut_path=path, last_affine=last_affine, chained=chained, nonnegative=nonnegative)
 
 
 class StochasticDepthResNet(ResNet):

@@ -15,10 +15,14 @@ from timm.layers import DropPath, drop_path
 from timm.models import register_notrace_module
 from torch import nn
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from .functional import closed_block, on_channels_last, scale_parameters
+from .functional import closed_block, on_channels_last, scale_gradients
 from .gates import DepthGates
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 class DropPathSlot(DropPath):
@@ -42,7 +46,7 @@ class DropPathSlot(DropPath):
 
     @property
     def drop_prob(self) -> float:
-        """The block's drop path rate, 1 - p_l. As in timm's DropPath, it can be set at any time."""
+        """The block's drop path rate, 1 - p_l. As in timm's DropPath, it can be set, between any two passes."""
         return self.gates.drop_path_rates[self.index]
 
     @drop_prob.setter
@@ -103,7 +107,9 @@ class SkippableBlock(nn.Module):
     Attributes:
         plain_class: The block's class without the method.
         drop_path_slots: Names of the slots that hold the block's `DropPathSlot`.
-        shortcut_path: Names of the block's modules that are its shortcut, in their order; none for the identity.
+        shortcut_path: Names of the block's modules that are its shortcut, in their order, and of the activation behind
+            the addition; none for the identity.
+        nonnegative: Whether its input has no negative values, for it comes out of a ReLU.
         last_affine: With scale 'eval', where the parameters that end each slot's branch are: the names of the modules
             on the way there, and those of the parameters.
         chained: Whether its output goes to nothing but the next block that can be skipped.
@@ -114,6 +120,7 @@ class SkippableBlock(nn.Module):
     shortcut_path: list[str]
     last_affine: list[tuple[list[str], list[str]]]
     chained: bool
+    nonnegative: bool
     compiled_forward: Any
 
     def compile(self, **options: Any) -> None:
@@ -128,13 +135,10 @@ class SkippableBlock(nn.Module):
         y = x
         for name in self.shortcut_path:
             module: Any = self._modules[name]
+            if y is x and self.nonnegative and type(module) is nn.ReLU:
+                continue  # it would change nothing
             y = module(y.clone() if y is x and getattr(module, 'inplace', False) else y)
         return y
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if 'copied_from' in self.__dict__:
-            setattr(self.__dict__['copied_from'], name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), 'compiled_forward': None}  # as nn.Module leaves out what it compiled
@@ -168,9 +172,13 @@ def _new_skippable(plain_class: Any) -> nn.Module:
 
 def _is_traced(x: torch.Tensor) -> bool:
     """Whether what runs now is being recorded, by torch.export, jit.trace or fx: that must not freeze a draw."""
+    if is_fx_symbolic_tracing():
+        if forward_ad._current_level >= 0:
+            raise RuntimeError('torch.func.linearize would trace the plain network, and return its derivative beside '
+                               'the value of the one with gates; use torch.func.jvp, or call eval()')
+        return True
     # not is_exporting(), which torch 2.11 takes for true in all that torch.compile compiles
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing() or is_fx_symbolic_tracing() \
-        or isinstance(x, FakeTensor)
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing() or isinstance(x, (FakeTensor, FunctionalTensor))
 
 
 def _forward(block: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -230,53 +238,58 @@ def _subset(key: str, x: torch.Tensor, survival_prob: float) -> torch.Tensor:
 def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
     """A shallow copy of `block`, whose branch is multiplied by `factor`, 1 / p_l in an open block."""
     scaled = _shallow_copy(block, '_modules')
-    scaled.__dict__['copied_from'] = block
     for name, slot in slots.items():
         scaled._modules[name] = _shallow_copy(slot)
         scaled._modules[name].__dict__['factor'] = factor
-    gates = next(iter(slots.values())).gates
-    if gates.scale == 'eval' and factor:
+    if next(iter(slots.values())).gates.scale == 'eval' and factor not in (0., 1.):
         for name, (path, params) in zip(block.drop_path_slots, block.last_affine, strict=True):
-            if name in slots and _scale_gradient(scaled, path, params, factor):
-                scaled._modules[name].__dict__['factor'] = 1.
+            if name in slots:
+                _scale_gradients(scaled, path, params, factor ** -2)
     return scaled
 
 
-def _scale_gradient(block: Any, path: list[str], names: list[str], factor: float) -> bool:
-    """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_parameters`.
+def _scale_gradients(block: Any, path: list[str], names: list[str], factor: float) -> None:
+    """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_gradients`.
 
     A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone, and so is
     one with a call of its own, such as by `layer.compile()`: their gradients are those of scale 'train'.
-
-    Returns:
-        Whether the layer is multiplied by `factor` too, so that the slot needn't: that saves a kernel on a feature map.
-        Only where nothing comes between its parameters and its output.
     """
     layer = block
     for name in path:
         layer = layer._modules.get(name)
         if layer is None or 'forward' in layer.__dict__ or layer._compiled_call_impl is not None:
-            return False
+            return
     params = {name: layer.__dict__.get(name, layer._parameters.get(name)) for name in names}  # FSDP1 has plain tensors
     if len(_parameters(layer)) > sum(name in layer._parameters for name in names) \
             or any(param is None for param in params.values()):
-        return False
-    multiplies = type(layer) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not layer._forward_hooks
+        return
     for name in path:
         block._modules[name] = block = _shallow_copy(block._modules[name], '_modules')
-    scaled = scale_parameters(list(params.values()), *(factor, 1. / factor) if multiplies else (1., factor ** -2))
-    block.__dict__.update(zip(params, scaled, strict=True))
-    return multiplies
+    block.__dict__.update(zip(params, scale_gradients(list(params.values()), factor), strict=True))
+
+
+class _ShallowCopy(nn.Module):
+    """Mixed into the class of a shallow copy: what is assigned to it, the module gets too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        setattr(self.__dict__['copied_from'], name, value)
+
+
+@cache
+def _shallow_copy_class(module_class: Any) -> Any:
+    return type(module_class.__name__, (_ShallowCopy, module_class), dict(__module__=module_class.__module__))
 
 
 def _shallow_copy(module: Any, *own: str) -> Any:
     """A module with the same attributes as `module`, of which it has the dicts `own` for itself."""
-    copy = object.__new__(type(module))
+    module_class: Any = type(module)
+    copy = object.__new__(_shallow_copy_class(module_class))
     attributes = copy.__dict__
-    attributes.update(module.__dict__)
+    attributes.update(module.__dict__, copied_from=module)
     for name in own:
         attributes[name] = dict(attributes[name])
-    for kind in ('_forward_hooks', '_forward_pre_hooks'):
+    for kind in _HOOKS:
         if attributes[kind]:
             attributes[kind] = OrderedDict((key, partial(_call_hook, hook, module))
                                            for key, hook in attributes[kind].items())
@@ -304,7 +317,6 @@ def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor)
     saved.
     """
     slot: Any = block.drop_path
-    if isinstance(slot, DropPathSlot) and slot.factor is not None \
-            and not slot._forward_hooks and not slot._forward_pre_hooks:
+    if isinstance(slot, DropPathSlot) and slot.factor is not None and not any(slot.__dict__[kind] for kind in _HOOKS):
         return torch.add(shortcut, residual, alpha=slot.factor)
     return shortcut + slot(residual)

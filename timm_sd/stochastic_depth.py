@@ -23,12 +23,14 @@ class Residual(NamedTuple):
         shortcut_path: See `SkippableBlock`.
         last_affine: For scale 'eval': the layer that ends what goes into each slot; none if something follows one.
         chained: See `SkippableBlock`.
+        nonnegative: See `SkippableBlock`.
     """
     block: nn.Module
     slots: tuple[str, ...] = ('drop_path',)
     shortcut_path: tuple[str, ...] = ()
     last_affine: tuple[nn.Module, ...] = ()
     chained: bool = True
+    nonnegative: bool = False
 
 
 def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize: bool = False) -> None:
@@ -41,7 +43,7 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
 
     Scales: both divide a branch by p_l in training and do nothing in evaluation, so a state dict is always that of the
     plain network. 'train' is timm's custom. 'eval' is the paper's eq. 5 with plain stored weights, see
-    `scale_parameters`. It follows the paper with SGD, momentum and weight decay. Optimisers that divide by the size of
+    `scale_gradients`. It follows the paper with SGD, momentum and weight decay. Optimisers that divide by the size of
     the gradient, such as Adam, take their own steps in the scaled weights. Clipping by a norm counts their gradients
     p_l times as large as the paper's. A last layer that is pruned, fused, wrapped (LoRA), compiled for itself or under
     weight norm gets the gradient of scale 'train'; what the network computes stays right.
@@ -58,7 +60,7 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
     if gates.scale == 'eval' and not all(residual.last_affine for residual in residuals):
         raise ValueError("drop_path_scale is 'eval', but not all branches end in a layer that can absorb p_l; use "
                          "'train'")
-    for index, (block, slots, shortcut_path, last_affine, chained) in enumerate(residuals):
+    for index, (block, slots, shortcut_path, last_affine, chained, nonnegative) in enumerate(residuals):
         slot = DropPathSlot(gates, index).train(block.training)
         for name in slots:
             setattr(block, name, slot)
@@ -71,7 +73,7 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
         skippable.shortcut_path = list(shortcut_path)
         skippable.last_affine = [(names[layer], list(dict(layer.named_parameters(recurse=False))))
                                  for layer in last_affine]
-        skippable.chained = chained
+        skippable.chained, skippable.nonnegative = chained, nonnegative
         skippable.compiled_forward = None
         skippable.__class__ = skippable_class(plain_class)
         if gates.scale == 'eval' and initialize:
@@ -87,8 +89,15 @@ def depth_gates(model: nn.Module) -> DepthGates | None:
 
     Returns:
         The gates; None if no `drop_path` slot of the model is this package's.
+
+    Raises:
+        ValueError: If there are several, of two networks or of a part that was copied.
     """
-    return next((module.gates for module in model.modules() if isinstance(module, DropPathSlot)), None)
+    found = {id(module.gates): module.gates for module in model.modules() if isinstance(module, DropPathSlot)}
+    if len(found) > 1:
+        raise ValueError(f'{type(model).__name__} holds {len(found)} networks with gates of their own, or copies of '
+                         'blocks, which have their own too; ask each network for its gates')
+    return next(iter(found.values()), None)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:

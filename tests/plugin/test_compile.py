@@ -165,6 +165,19 @@ def test_whole_model_compile_does_not_freeze_a_draw(make, different):
     assert timm_sd.depth_gates(model).step == 12
 
 
+@pytest.mark.parametrize('rate', [0., 0.5])
+def test_a_network_that_recomputes_its_branches_is_compiled(rate):
+    model, twin = toy(drop_path_rate=rate).train(), toy(drop_path_rate=rate).train()
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, backend='eager')
+    for _ in range(3):
+        for net in (compiled, twin):
+            net.zero_grad()
+            net(pictures()).square().sum().backward()
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_resume_of_a_compiled_run_is_exact(tmp_path):

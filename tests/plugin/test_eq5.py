@@ -79,7 +79,7 @@ def reloaded(model):
 
 
 def hooked(model):
-    """A hook may see the last layer's output, which then must not be divided yet."""
+    """Their last layers are called with hooks."""
     for block in blocks_of(model):
         block.bn2.register_forward_hook(lambda *_: None)
     return model

@@ -186,3 +186,12 @@ def test_onnx_holds_the_plain_network(name, training, tmp_path):
     torch.onnx.export(plain, (x,), tmp_path / 'plain.onnx', verbose=False, training=mode)
     kinds = [[node.op_type for node in onnx.load(tmp_path / file).graph.node] for file in ('model.onnx', 'plain.onnx')]
     assert kinds[0] == kinds[1]
+
+
+def test_what_aot_autograd_takes_apart_is_plain_and_draws_nothing():
+    from functorch.compile import aot_module, nop
+
+    model = toy(drop_path_rate=0.9, drop_path_schedule='uniform').train()
+    plain = timm_sd.remove_stochastic_depth(copy.deepcopy(model))
+    torch.testing.assert_close(aot_module(model, nop)(pictures()), plain(pictures()))
+    assert timm_sd.depth_gates(model).step == 0

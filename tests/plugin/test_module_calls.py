@@ -4,6 +4,7 @@ The reference is the plain block, which computes its whole branch and multiplies
 """
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -135,17 +136,49 @@ class Counting(nn.Module):
         return x + self.drop_path(self.branch(x))
 
 
+class CountingLinear(nn.Linear):
+    passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x)
+
+
 @each_scale
-def test_what_an_open_block_assigns_to_itself_stays(scale):
+def test_what_an_open_block_and_its_layers_assign_to_themselves_stays(scale):
     block = Counting()
-    make_skippable([Residual(block, last_affine=(block.branch,))], DepthGates(1, 0.5, scale=scale))
+    block.branch = nn.Sequential(CountingLinear(4, 4), CountingLinear(4, 4))
+    make_skippable([Residual(block, last_affine=(block.branch[1],))], DepthGates(1, 0.5, scale=scale))
     gates, x, opened = block.drop_path.gates, torch.randn(2, 4), 0
     for _ in range(20):
         block(x)
         opened += gates.open[0]
     assert 0 < opened < 20
     assert (block.passes, block.seen.item(), block.mean) == (opened, opened, x.mean())
+    assert [layer.passes for layer in block.branch] == [opened, opened]
     assert block.state_dict()['seen'] == opened
+
+
+# --- the activation behind the addition
+
+
+@pytest.mark.parametrize('activation', [nn.ReLU, nn.SiLU, nn.LeakyReLU, nn.PReLU])
+@pytest.mark.parametrize('make', [
+    toy, lambda: timm.create_model('sd_resnet18', num_classes=3),
+    lambda: timm_sd.add_stochastic_depth(timm.create_model('resnet10t', num_classes=3), RATE)])
+def test_a_closed_block_runs_the_activation_that_stands_there_now(make, activation):
+    model = make()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, activation())
+    gates = [index % 2 == 0 for index in range(len(skippable(model)))]
+    freeze_statistics(model)
+    timm_sd.depth_gates(model).drop_path_rates = [RATE] * len(gates)
+    force(model, gates)
+    plain, _ = naive(model, gates)
+    x = pictures(2, 32)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 # --- memory
@@ -294,14 +327,45 @@ def test_a_layer_whose_call_is_replaced_keeps_the_scale(name, layer, change):
                                              ('test_vit', 'mlp')])
 def test_hooks_within_an_open_block_get_the_module_that_they_were_registered_on(name, layer, scale):
     model, x = forced(name, scale=scale)
-    expected, seen = model(x), []
+    expected, seen, back = model(x), [], []
     layers = [block.get_submodule(layer) for block in skippable(model)]
     for module in layers:
         module.register_forward_pre_hook(lambda module, args: seen.append(module))
         module.register_forward_hook(lambda module, args, kwargs, y: seen.append(module), with_kwargs=True)
-    torch.testing.assert_close(model(x), expected)
-    is_open = PATTERNS[name]
-    assert seen == [module for module, ran in zip(layers, is_open, strict=True) if ran for _ in range(2)]
+        if name != 'toy' or layer == 'drop_path':  # torch refuses them before an activation in place
+            module.register_full_backward_pre_hook(lambda module, grads: back.append(module))
+            module.register_full_backward_hook(lambda module, *grads: back.append(module))
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    ran = [module for module, is_open in zip(layers, PATTERNS[name], strict=True) if is_open for _ in range(2)]
+    assert seen == ran
+    y.square().sum().backward()
+    assert back == (ran[::-1] if layers[0]._backward_hooks else [])
+
+
+@each_scale
+@pytest.mark.parametrize('name', ['toy', 'test_vit'])
+def test_a_hook_of_a_slot_gets_the_branch_as_it_is(name, scale):
+    model, x = forced(name, scale=scale)
+    plain, plain_blocks = naive(model, PATTERNS[name])
+    for blocks in (skippable(model), plain_blocks):
+        for block in blocks:
+            for slot in {getattr(block, slot) for slot in ('drop_path', 'drop_path1', 'drop_path2')
+                         if hasattr(block, slot)}:
+                slot.register_forward_pre_hook(lambda _, args: args[0].clamp(-0.1, 0.1))
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@each_scale
+@pytest.mark.parametrize('kind', ['register_full_backward_hook', 'register_full_backward_pre_hook'])
+def test_a_backward_hook_of_a_slot_fires(kind, scale):
+    (model, x), seen = forced('toy', scale=scale), []
+    for block in skippable(model):
+        block.act2 = nn.ReLU()  # torch refuses these hooks before an activation in place
+        getattr(block.drop_path, kind)(lambda slot, *_: seen.append(slot))
+    model(x).sum().backward()
+    assert seen == [block.drop_path for block, is_open in zip(skippable(model), PATTERNS['toy'], strict=True)
+                    if is_open]
 
 
 @pytest.mark.parametrize('with_grad', [True, False])

@@ -28,7 +28,7 @@ def test_the_kinds_have_every_sort_of_shortcut():
     """What is beside the branch, as timm names it: a kind that changes its names needs another one in its place."""
     paths = {name: {found.shortcut_path for found in residuals(network(name)).values()} for name in KINDS}
     assert paths['test_vit'] == paths['mobilenetv2_035'] == {()}
-    assert paths['test_resnet'] == {(), ('downsample', 'act2'), ('downsample', 'act3')}
+    assert paths['test_resnet'] == {('act2',), ('downsample', 'act2'), ('downsample', 'act3')}
     assert paths['resnet33ts'] == {('shortcut', 'act')}
     assert paths['davit_tiny'] == {('cpe1', 'cpe2')}
     assert paths['caformer_s18'] == {(), ('res_scale1', 'res_scale2')}

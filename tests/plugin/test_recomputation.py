@@ -2,6 +2,7 @@
 
 The reference is always the same network without checkpointing.
 """
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import timm_sd
 from support.checkpointing import (
     assert_same,
     both_checkpoints,
+    each_block,
     each_epoch,
     each_kind,
     each_way,
@@ -28,7 +30,7 @@ from support.checkpointing import (
     whole,
 )
 from support.kinds import added, images
-from support.networks import pictures
+from support.networks import blocks_of, pictures
 from timm_sd.skippable import SkippableBlock
 
 # --- the gradients are those without checkpointing
@@ -100,6 +102,29 @@ def test_dropout_repeats_its_masks(way, reentrant):
     ours, masks = gradients(way)
     assert [len(seen) for seen in masks] == [2, 2]
     assert_same(ours, gradients(plain, *masks)[0])
+
+
+@pytest.mark.parametrize('way', [each_block, whole])
+def test_a_selective_checkpoint_repeats_gates_and_masks(way, monkeypatch):
+    """It takes operators from its cache, unless told to run them again; the number that a block draws is none of them.
+
+    The reference is an ordinary checkpoint, for it draws the same number.
+    """
+    def policy(context, operator, *args, **kwargs):
+        again = any(word in str(operator) for word in ('dropout', 'bernoulli', 'empty', 'div', 'mul'))
+        return CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.PREFER_SAVE
+
+    def gradients(**options):
+        model = network(epoch=3, drop_path_rate=0.3)
+        for block in blocks_of(model):
+            block.act1, block.act2 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), nn.ReLU()  # nothing in place
+        model.act1 = nn.ReLU()
+        monkeypatch.setattr('support.checkpointing.checkpoint', partial(checkpoint, **options))
+        torch.manual_seed(5)
+        return two_passes(model, way)
+
+    assert_same(gradients(context_fn=partial(create_selective_checkpoint_contexts, policy)), gradients())
+
 
 
 @both_checkpoints

@@ -195,6 +195,20 @@ def test_evaluation_mode_before_backward_has_the_passs_gates_or_is_an_error(reen
 # --- what is fine, and the user's own random numbers
 
 
+@both_checkpoints
+def test_the_same_torch_seed_in_each_epoch(reentrant):
+    """set_epoch forgets the passes before it, so none of them can be meant."""
+    def train(way):
+        model = network()
+        for epoch in range(3):
+            timm_sd.depth_gates(model).set_epoch(epoch)
+            torch.manual_seed(7)
+            way(model, pictures().requires_grad_(), reentrant).square().sum().backward()
+        return gradients_of(model)
+
+    assert_same(train(whole), train(plain))
+
+
 def test_the_same_torch_seed_before_ordinary_passes():
     model, draws = network(), set()
     for _ in range(8):

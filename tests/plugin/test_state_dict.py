@@ -188,6 +188,11 @@ def hook(block):
     block.bn2.register_forward_hook(lambda layer, args, y: y + 0.5)
 
 
+def attention(block):
+    """Something that is not linear, between the last layer and the slot."""
+    block.bn2 = nn.Sequential(block.bn2, nn.Sigmoid())
+
+
 def parts_of(change):
     """Applies a change of a block to all blocks."""
     def change_all(model):
@@ -198,7 +203,7 @@ def parts_of(change):
 
 
 CHANGES = dict(
-    {change.__name__: parts_of(change) for change in (fuse, prune_layers, weight_norm, activation, hook)},
+    {change.__name__: parts_of(change) for change in (fuse, prune_layers, weight_norm, activation, hook, attention)},
     sync_batch_norm=nn.SyncBatchNorm.convert_sync_batchnorm, frozen_batch_norm=freeze_batch_norm_2d,
     nothing=lambda model: model)
 

@@ -237,3 +237,16 @@ def test_activation_checkpointing_with_frozen_batch_norm():
     force(model, [True, False, True])
     model(pictures()).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_activation_checkpointing_with_layers_that_keep_no_statistics():
+    model = toy()
+    for block in blocks_of(model):
+        block.bn1, block.bn2 = (nn.InstanceNorm2d(block.bn2.num_features, affine=True) for _ in range(2))
+    model.train()
+    force(model, [True, False, True])
+    expected = torch.autograd.grad(model(pictures()).square().sum(), list(model.parameters()))
+    model.set_grad_checkpointing()
+    found = torch.autograd.grad(model(pictures()).square().sum(), list(model.parameters()))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

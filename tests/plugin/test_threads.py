@@ -223,6 +223,14 @@ def test_two_networks_of_other_seeds_draw_on_their_own():
     assert all(ours != theirs for ours, theirs in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize('both', [
+    lambda: nn.ModuleList([toy(), toy()]),
+    lambda: (lambda model: nn.Sequential(model, copy.deepcopy(model.layer3)))(toy())])
+def test_the_gates_of_two_networks_are_asked_for_one_by_one(both):
+    with pytest.raises(ValueError, match=r'\A\w+ holds 2 networks with gates of their own[^\n]*\Z'):
+        timm_sd.depth_gates(both())
+
+
 def test_two_networks_that_take_turns_do_not_meet():
     models = [network(drop_path_seed=5), network(drop_path_seed=6)]
     expected = [draws_of(network(drop_path_seed=seed), 1) for seed in (5, 6)]

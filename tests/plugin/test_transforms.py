@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jacrev, jvp, linearize, stack_module_state, vmap
 
 from support.gated import PATTERNS, each_network, each_scale, forced, gradients, naive, skippable
 from support.networks import force
@@ -40,6 +40,28 @@ def test_derivatives_of_torch_func_are_those_of_autograd(scale):
     value, product = jvp(model, (x,), (v,))
     torch.testing.assert_close(value, y)
     torch.testing.assert_close(product[0], torch.stack([(row * v).sum() for row in rows]))
+
+
+def test_a_linearization_is_refused_in_training():
+    model, x = forced('toy')
+    for module in model.modules():
+        module.inplace = False  # which linearize can't do
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r'\Atorch.func.linearize [^\n]*eval\(\)\Z'):
+        linearize(model, x)
+    model.eval()
+    value, tangent = linearize(model, x)
+    torch.testing.assert_close((value, tangent(x)), jvp(model, (x,), (x,)))
+
+
+@each_scale
+def test_gradients_of_several_outputs_at_once_are_those_of_each(scale):
+    model, x = forced('toy', scale=scale)
+    y, params = model(x)[0], list(model.parameters())
+    found = torch.autograd.grad(y, params, torch.eye(10), is_grads_batched=True, retain_graph=True)
+    for index in range(10):
+        for ours, theirs in zip(found, torch.autograd.grad(y[index], params, retain_graph=True), strict=True):
+            torch.testing.assert_close(ours[index], theirs)
 
 
 @each_scale
