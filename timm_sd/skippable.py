@@ -5,9 +5,8 @@ branch returns.
 """
 import random
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import cache, partial, update_wrapper
+from collections.abc import Sequence
+from functools import cache, update_wrapper
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from .functional import closed_block, on_channels_last, scale_gradients
 from .gates import DepthGates
-
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+from .shallow_copy import HOOKS, shallow_copy
 
 
 class DropPathSlot(DropPath):
@@ -237,9 +235,9 @@ def _subset(key: str, x: torch.Tensor, survival_prob: float) -> torch.Tensor:
 @torch.compiler.disable
 def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
     """A shallow copy of `block`, whose branch is multiplied by `factor`, 1 / p_l in an open block."""
-    scaled = _shallow_copy(block, '_modules')
+    scaled = shallow_copy(block, '_modules')
     for name, slot in slots.items():
-        scaled._modules[name] = _shallow_copy(slot)
+        scaled._modules[name] = shallow_copy(slot)
         scaled._modules[name].__dict__['factor'] = factor
     if next(iter(slots.values())).gates.scale == 'eval' and factor not in (0., 1.):
         for name, (path, params) in zip(block.drop_path_slots, block.last_affine, strict=True):
@@ -264,41 +262,8 @@ def _scale_gradients(block: Any, path: list[str], names: list[str], factor: floa
             or any(param is None for param in params.values()):
         return
     for name in path:
-        block._modules[name] = block = _shallow_copy(block._modules[name], '_modules')
+        block._modules[name] = block = shallow_copy(block._modules[name], '_modules')
     block.__dict__.update(zip(params, scale_gradients(list(params.values()), factor), strict=True))
-
-
-class _ShallowCopy(nn.Module):
-    """Mixed into the class of a shallow copy: what is assigned to it, the module gets too."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        setattr(self.__dict__['copied_from'], name, value)
-
-
-@cache
-def _shallow_copy_class(module_class: Any) -> Any:
-    return type(module_class.__name__, (_ShallowCopy, module_class), dict(__module__=module_class.__module__))
-
-
-def _shallow_copy(module: Any, *own: str) -> Any:
-    """A module with the same attributes as `module`, of which it has the dicts `own` for itself."""
-    module_class: Any = type(module)
-    copy = object.__new__(_shallow_copy_class(module_class))
-    attributes = copy.__dict__
-    attributes.update(module.__dict__, copied_from=module)
-    for name in own:
-        attributes[name] = dict(attributes[name])
-    for kind in _HOOKS:
-        if attributes[kind]:
-            attributes[kind] = OrderedDict((key, partial(_call_hook, hook, module))
-                                           for key, hook in attributes[kind].items())
-    return copy
-
-
-def _call_hook(hook: Callable[..., Any], module: nn.Module, copy: nn.Module, *args: Any) -> Any:
-    """Calls a hook of a copy with the module that it was registered on."""
-    return hook(module, *args)
 
 
 def _parameters(module: nn.Module, skip: Sequence[str] = ()) -> list[torch.Tensor]:
@@ -317,6 +282,6 @@ def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor)
     saved.
     """
     slot: Any = block.drop_path
-    if isinstance(slot, DropPathSlot) and slot.factor is not None and not any(slot.__dict__[kind] for kind in _HOOKS):
+    if isinstance(slot, DropPathSlot) and slot.factor is not None and not any(slot.__dict__[kind] for kind in HOOKS):
         return torch.add(shortcut, residual, alpha=slot.factor)
     return shortcut + slot(residual)

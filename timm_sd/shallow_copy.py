@@ -1,0 +1,47 @@
+"""Shallow copies of modules, in which a forward pass can have other attributes and layers than the module has.
+
+So passes in several threads don't meet, and a recomputation finds what its own pass had.
+"""
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+from torch import nn
+
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+class _ShallowCopy(nn.Module):
+    """Mixed into the class of a shallow copy: what is assigned to it, the module gets too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        setattr(self.__dict__['copied_from'], name, value)
+
+
+@cache
+def _shallow_copy_class(module_class: Any) -> Any:
+    return type(module_class.__name__, (_ShallowCopy, module_class), dict(__module__=module_class.__module__))
+
+
+def shallow_copy(module: Any, *own: str) -> Any:
+    """A module with the same attributes as `module`, of which it has the dicts `own`, such as '_modules', for itself.
+
+    Change its `__dict__`, which leaves `module` alone. Hooks get `module`, not the copy.
+    """
+    module_class: Any = type(module)
+    copy = object.__new__(_shallow_copy_class(module_class))
+    attributes = copy.__dict__
+    attributes.update(module.__dict__, copied_from=module)
+    for name in own:
+        attributes[name] = dict(attributes[name])
+    for kind in HOOKS:
+        if attributes[kind]:
+            attributes[kind] = OrderedDict((key, partial(_call_hook, hook, module))
+                                           for key, hook in attributes[kind].items())
+    return copy
+
+
+def _call_hook(hook: Callable[..., Any], module: nn.Module, copy: nn.Module, *args: Any) -> Any:
+    return hook(module, *args)
