@@ -60,7 +60,8 @@ class _ScaleGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
-        if torch._C._functorch.is_legacy_batchedtensor(grads[0]):  # torch.autograd.grad(..., is_grads_batched=True)
+        # vmap over torch.autograd.grad, or its is_grads_batched
+        if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grads[0]):
             return None, *(grad * ctx.factor for grad in grads)
         return None, *torch._foreach_mul(grads, ctx.factor)  # one kernel on a GPU
 
@@ -76,6 +77,9 @@ def scale_gradients(params: Sequence[torch.Tensor], factor: float) -> Sequence[t
     s + p (g n + b). Stored are g' = p g and b' = p b, so that s + g' n + b' evaluates, and s + (g' n + b') / p trains.
     SGD with the learning rate r moves g by -r dg, so it must move g' = p g by -r p dg: the gradient of g' is p dg. By
     the chain rule it would be dg / p, p ** 2 of which is right. So `factor` is p ** 2.
+
+    Forward-mode derivatives of torch.autograd are the true ones; those of torch.func are times `factor`, as its
+    gradients are.
     """
     if torch._C._are_functorch_transforms_active():  # as in `closed_block`
         return [torch.lerp(param.detach(), param, factor) for param in params]

@@ -41,7 +41,8 @@ class PoolPad(nn.Module):
 class BasicBlock(nn.Module):
     """ReLU(shortcut + f), f = conv3x3-BN-ReLU-conv3x3-BN.
 
-    A closed block is ReLU(shortcut). Where that is the block's input, which comes out of a ReLU, nothing runs.
+    A closed block is ReLU(shortcut). Where the shortcut is the identity nothing runs, for the input comes out of a
+    ReLU.
 
     Args:
         in_chs: Channels of the input.
@@ -88,7 +89,7 @@ class BasicBlock(nn.Module):
         branch = (self.training and self.compiled_branch) or BasicBlock.branch
         return self.recompute(branch, x) if self.grad_checkpointing else branch(self, x)
 
-    @torch.compiler.disable  # torch.compile knows no context_fn
+    @torch.compiler.disable  # torch.compile can't trace a checkpoint with a context_fn
     def recompute(self, branch: Any, x: torch.Tensor) -> torch.Tensor:
         """branch(self, x), with activations that are recomputed in the backward pass."""
         return checkpoint(
@@ -102,12 +103,12 @@ class BasicBlock(nn.Module):
                        if getattr(layer, 'num_batches_tracked', None) is not None]  # it has statistics
         before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
         for layer in layers:
-            layer.momentum = 0.
+            layer.__dict__['momentum'] = 0.  # not by assignment, which reaches the layer that this may be a copy of
         try:
             yield
         finally:
             for layer, (momentum, batches) in zip(layers, before, strict=True):
-                layer.momentum = momentum
+                layer.__dict__['momentum'] = momentum
                 layer.num_batches_tracked.copy_(batches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Shallow copies of modules, in which a forward pass can have other attributes and layers than the module has.
+"""Shallow copies of modules: a forward pass can give them other attributes and layers, and the module keeps its own.
 
-So passes in several threads don't meet, and a recomputation finds what its own pass had.
+With a copy each, passes in several threads don't disturb one another, and a recomputation finds what its own pass had.
 """
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,7 +28,8 @@ def _shallow_copy_class(module_class: Any) -> Any:
 def shallow_copy(module: Any, *own: str) -> Any:
     """A module with the same attributes as `module`, of which it has the dicts `own`, such as '_modules', for itself.
 
-    Change its `__dict__`, which leaves `module` alone. Hooks get `module`, not the copy.
+    Change its `__dict__`, which leaves `module` alone. Its own hooks get `module`, not the copy; hooks of
+    all modules get the copy.
     """
     module_class: Any = type(module)
     copy = object.__new__(_shallow_copy_class(module_class))

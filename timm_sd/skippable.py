@@ -44,7 +44,7 @@ class DropPathSlot(DropPath):
 
     @property
     def drop_prob(self) -> float:
-        """The block's drop path rate, 1 - p_l. As in timm's DropPath, it can be set, between any two passes."""
+        """The block's drop path rate, 1 - p_l. As in timm's DropPath, it can be set; here between any two passes."""
         return self.gates.drop_path_rates[self.index]
 
     @drop_prob.setter
@@ -95,7 +95,7 @@ class SkippableBlock(nn.Module):
     that a closed block is a module call like any other: hooks fire, and FSDP has gathered its parameters.
 
     An open block runs its own class's forward on a shallow copy of itself, whose slots know the scale of this pass: so
-    passes in several threads don't meet. What that forward assigns to attributes of the copy, the block gets too.
+    passes in several threads don't meet.
 
     Tracers (torch.export, ONNX, jit.trace, fx, TorchScript) see the plain network, in training too.
 
@@ -107,7 +107,8 @@ class SkippableBlock(nn.Module):
         drop_path_slots: Names of the slots that hold the block's `DropPathSlot`.
         shortcut_path: Names of the block's modules that are its shortcut, in their order, and of the activation behind
             the addition; none for the identity.
-        nonnegative: Whether its input has no negative values, for it comes out of a ReLU.
+        nonnegative: Whether its input came out of a ReLU when the method was added. A closed block then skips its own
+            ReLU, so replace either all activations of the network or none.
         last_affine: With scale 'eval', where the parameters that end each slot's branch are: the names of the modules
             on the way there, and those of the parameters.
         chained: Whether its output goes to nothing but the next block that can be skipped.
@@ -133,9 +134,10 @@ class SkippableBlock(nn.Module):
         y = x
         for name in self.shortcut_path:
             module: Any = self._modules[name]
-            if y is x and self.nonnegative and type(module) is nn.ReLU:
+            if y is x and self.nonnegative and type(module) is nn.ReLU \
+                    and not any(module.__dict__[kind] for kind in HOOKS):
                 continue  # it would change nothing
-            y = module(y.clone() if y is x and getattr(module, 'inplace', False) else y)
+            y = module(y.clone() if getattr(module, 'inplace', False) else y)
         return y
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,7 +252,8 @@ def _scale_gradients(block: Any, path: list[str], names: list[str], factor: floa
     """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_gradients`.
 
     A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone, and so is
-    one with a call of its own, such as by `layer.compile()`: their gradients are those of scale 'train'.
+    one with a call of its own, such as by `layer.compile()`: their gradients are those of scale 'train'. A layer that
+    writes into these parameters in its forward is an error.
     """
     layer = block
     for name in path:

@@ -41,8 +41,8 @@ def _stage(block_class: type[BasicBlock], drop_path_rate: float = 0., scale: str
     """Blocks in training mode, each at the same rate."""
     blocks = [block_class(16, 16) for _ in range(BLOCKS)]
     if drop_path_rate:
-        make_skippable([Residual(block, last_affine=(block.bn2,)) for block in blocks],
-                       timm_sd.DepthGates(BLOCKS, drop_path_rate, 'uniform', scale=scale))
+        make_skippable([Residual(block, shortcut_path=('shortcut', 'act2'), last_affine=(block.bn2,), nonnegative=True)
+                        for block in blocks], timm_sd.DepthGates(BLOCKS, drop_path_rate, 'uniform', scale=scale))
     return nn.Sequential(*blocks).train()
 
 

@@ -181,6 +181,25 @@ def test_a_closed_block_runs_the_activation_that_stands_there_now(make, activati
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
+def test_hooks_of_the_last_activation_fire_and_what_they_return_is_used():
+    model, x = forced('toy', [False] * 3)
+    plain, plain_blocks = naive(model, [False] * 3)
+    for blocks in (skippable(model), plain_blocks):
+        for block in blocks:
+            block.act2.register_forward_hook(lambda _, args, y: y * 2)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_an_activation_in_place_leaves_the_output_of_the_shortcut_alone():
+    model, x = forced('toy', [False] * 3)
+    plain, plain_blocks = naive(model, [False] * 3)
+    for blocks in (skippable(model), plain_blocks):
+        blocks[1].shortcut = nn.Sequential(blocks[1].shortcut, nn.Sigmoid())  # whose gradient needs its output
+    for net in (model, plain):
+        net(x).square().sum().backward()
+    torch.testing.assert_close(model.conv1.weight.grad, plain.conv1.weight.grad)
+
+
 # --- memory
 
 
@@ -218,7 +237,8 @@ def test_nothing_is_copied_within_the_chain():
     outputs, downsampling, last = [*inputs[1:], y.data_ptr()], (3, 6), (2, 5, 8)  # of each stage
     assert [y == x for x, y in zip(inputs, outputs, strict=True)] == [
         index not in (*downsampling, *last) for index in range(9)]
-    assert ops.counts['clone'] + ops.counts['copy_'] == 3
+    # and before the downsampling blocks' activations, which work in place
+    assert ops.counts['clone'] + ops.counts['copy_'] == len(last) + len(downsampling)
 
 
 def test_a_hook_may_write_into_what_a_closed_block_returned():

@@ -1,4 +1,4 @@
-"""The rate of a block stands in one place, may change at any time, and is followed by whatever runs."""
+"""The rate of a block stands in one place, may change between any two passes, and is followed by whatever runs."""
 import json
 import math
 
@@ -60,7 +60,7 @@ def with_factors(model, factors):
     return twin
 
 
-# --- the rate changes at any time
+# --- the rate changes between two passes
 
 
 @pytest.mark.parametrize('scale', ['train', 'eval'])

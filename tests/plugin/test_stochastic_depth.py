@@ -250,3 +250,16 @@ def test_activation_checkpointing_with_layers_that_keep_no_statistics():
     found = torch.autograd.grad(model(pictures()).square().sum(), list(model.parameters()))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('scale', timm_sd.SCALES)
+def test_a_momentum_set_before_backward_stays_where_branches_are_recomputed(scale):
+    model = toy(drop_path_scale=scale).train()
+    model.set_grad_checkpointing()
+    force(model, [True] * 3)
+    loss = model(pictures()).square().sum()
+    layers = [layer for block in blocks_of(model) for layer in (block.bn1, block.bn2)]
+    for layer in layers:
+        layer.momentum = 0.01
+    loss.backward()
+    assert [layer.momentum for layer in layers] == [0.01] * 6

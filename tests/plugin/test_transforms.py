@@ -58,10 +58,13 @@ def test_a_linearization_is_refused_in_training():
 def test_gradients_of_several_outputs_at_once_are_those_of_each(scale):
     model, x = forced('toy', scale=scale)
     y, params = model(x)[0], list(model.parameters())
-    found = torch.autograd.grad(y, params, torch.eye(10), is_grads_batched=True, retain_graph=True)
+    at_once = torch.autograd.grad(y, params, torch.eye(10), is_grads_batched=True, retain_graph=True)
+    mapped = vmap(lambda v: torch.autograd.grad(y, params, v, retain_graph=True))(torch.eye(10))
     for index in range(10):
-        for ours, theirs in zip(found, torch.autograd.grad(y[index], params, retain_graph=True), strict=True):
-            torch.testing.assert_close(ours[index], theirs)
+        expected = torch.autograd.grad(y[index], params, retain_graph=True)
+        for found in (at_once, mapped):
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours[index], theirs)
 
 
 @each_scale
