@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import nn
 
-HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook of the module's own fires when it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks)
 
 
 class _ShallowCopy(nn.Module):
@@ -37,7 +43,7 @@ def shallow_copy(module: Any, *own: str) -> Any:
     attributes.update(module.__dict__, copied_from=module)
     for name in own:
         attributes[name] = dict(attributes[name])
-    for kind in HOOKS:
+    for kind in _HOOKS:
         if attributes[kind]:
             attributes[kind] = OrderedDict((key, partial(_call_hook, hook, module))
                                            for key, hook in attributes[kind].items())

@@ -20,7 +20,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from .functional import closed_block, on_channels_last, scale_gradients
 from .gates import DepthGates
-from .shallow_copy import HOOKS, shallow_copy
+from .shallow_copy import has_hooks, shallow_copy
 
 
 class DropPathSlot(DropPath):
@@ -134,9 +134,10 @@ class SkippableBlock(nn.Module):
         y = x
         for name in self.shortcut_path:
             module: Any = self._modules[name]
-            if y is x and self.nonnegative and type(module) is nn.ReLU \
-                    and not any(module.__dict__[kind] for kind in HOOKS):
-                continue  # it would change nothing
+            kind = type(module)
+            changes_nothing = kind is nn.Identity or (kind is nn.ReLU and y is x and self.nonnegative)
+            if changes_nothing and not has_hooks(module):
+                continue
             y = module(y.clone() if getattr(module, 'inplace', False) else y)
         return y
 
@@ -285,6 +286,6 @@ def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor)
     saved.
     """
     slot: Any = block.drop_path
-    if isinstance(slot, DropPathSlot) and slot.factor is not None and not any(slot.__dict__[kind] for kind in HOOKS):
+    if isinstance(slot, DropPathSlot) and slot.factor is not None and not has_hooks(slot):
         return torch.add(shortcut, residual, alpha=slot.factor)
     return shortcut + slot(residual)
