@@ -19,7 +19,7 @@ def _residual(block: Any, chained: bool) -> Residual:
     last_act, last_norm = ('act2', block.bn2) if isinstance(block, BasicBlock) else ('act3', block.bn3)
     path = (last_act,) if block.downsample is None else ('downsample', last_act)
     last_affine = (last_norm,) if block.se is None else ()  # attention isn't linear
-    nonnegative = isinstance(getattr(block, last_act), nn.ReLU)  # then all of timm's ResNet has ReLUs
+    nonnegative = isinstance(getattr(block, last_act), nn.ReLU)  # timm's ResNet has one kind of activation
     return Residual(block, shortcut_path=path, last_affine=last_affine, chained=chained, nonnegative=nonnegative)
 
 

@@ -14,8 +14,7 @@ _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook of the module's own fires when it is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks
-                or module._backward_hooks or module._backward_pre_hooks)
+    return any(map(module.__dict__.__getitem__, _HOOKS))
 
 
 class _ShallowCopy(nn.Module):
@@ -34,8 +33,8 @@ def _shallow_copy_class(module_class: Any) -> Any:
 def shallow_copy(module: Any, *own: str) -> Any:
     """A module with the same attributes as `module`, of which it has the dicts `own`, such as '_modules', for itself.
 
-    Change its `__dict__`, which leaves `module` alone. Its own hooks get `module`, not the copy; hooks of
-    all modules get the copy.
+    Change its `__dict__`, which leaves `module` alone. Its own hooks get `module`, not the copy; hooks of all modules
+    get the copy.
     """
     module_class: Any = type(module)
     copy = object.__new__(_shallow_copy_class(module_class))

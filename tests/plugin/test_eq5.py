@@ -14,8 +14,6 @@ from support.networks import blocks_of, force, lively, pictures, toy
 BLOCKS_PER_STAGE, LR, MOMENTUM, WEIGHT_DECAY = 2, 0.1, 0.9, 1e-2
 SURVIVAL = reference.survival_probabilities(6, 0.5)
 
-each_scale = pytest.mark.parametrize('scale', timm_sd.SCALES)
-
 
 # --- the updates are the paper's, however the gradient is taken
 
@@ -79,7 +77,7 @@ def reloaded(model):
 
 
 def hooked(model):
-    """Their last layers are called with hooks."""
+    """The last layer of each branch has a hook."""
     for block in blocks_of(model):
         block.bn2.register_forward_hook(lambda *_: None)
     return model

@@ -126,7 +126,6 @@ def test_a_selective_checkpoint_repeats_gates_and_masks(way, monkeypatch):
     assert_same(gradients(context_fn=partial(create_selective_checkpoint_contexts, policy)), gradients())
 
 
-
 @both_checkpoints
 def test_two_networks_in_one_checkpoint(reentrant):
     def gradients(way):
