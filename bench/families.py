@@ -72,7 +72,7 @@ def try_family(module: str) -> str:
     except Exception as error:
         return f'| {module} | {name} | no: {one_line(error, 90)} | | | |'
     verdict = 'yes' if not open_ else 'partly'
-    return (f'| {module} | {name} | {verdict} | {len(closable)} of {len(closable) + open_} | '
+    return (f'| {module} | {name} | {verdict} | {len(closable)} of {len(closable) + len(open_)} | '
             f'{"same" if same else "differs"} | {"yes" if step else "no"} |')
 
 

@@ -1,11 +1,12 @@
 """Stochastic depth for any residual timm model, added in place and taken away again."""
 import warnings
+from typing import Any
 
 from torch import nn
 
 from .gates import DepthGates
 from .probe import drop_path_slots, residual_blocks
-from .skippable import SkippableBlock
+from .skippable import OWN_SLOT, SkippableBlock
 from .stochastic_depth import depth_gates, make_skippable
 
 
@@ -23,23 +24,27 @@ def add_stochastic_depth(
         mode: str = 'batch',
         scale: str = 'train',
         seed: int = 0,
+        example_input: Any = None,
 ) -> nn.Module:
-    """Adds stochastic depth to a timm model, in place; its state_dict keys and its evaluation stay what they are.
+    """Adds stochastic depth to a model, in place; its state_dict keys and its evaluation stay what they are.
 
     Args:
-        model: A residual timm model, with or without pretrained weights.
+        model: A residual model of timm, or of another library or one's own with `example_input`; with or without
+            pretrained weights.
         drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
         schedule: 'linear' (the paper's eq. 4) or 'uniform'.
         mode: 'batch', 'subset' or 'sample', see `make_skippable`.
         scale: 'train', or 'eval' for the paper's gradients (eq. 5), see `make_skippable`. The weights stay as they are.
         seed: Seed of the gates.
+        example_input: What the model is called with: a tensor (B, C, H, W), a tuple of arguments or a dict of named
+            ones. Only shapes count. By default a picture of the size that timm knows.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If an argument isn't one of these, the model has the method already, has no residual block that can
-            be closed, uses a block twice, or a branch can't absorb p_l with scale='eval'.
+        ValueError: If an argument isn't one of these, the model has the method already, can't be run, has no residual
+            block that can be closed, uses a block twice, or a branch can't absorb p_l with scale='eval'.
     """
     DepthGates(1, drop_path_rate, schedule, mode, scale)  # refuses what is wrong before the model is touched
     name = type(model).__name__
@@ -47,12 +52,12 @@ def add_stochastic_depth(
     if gates is not None and gates.active:
         raise ValueError(f'{name} has stochastic depth already; call depth_gates(model).set_drop_path_rate, or '
                          'remove_stochastic_depth(model) first')
-    residuals, stay_open = residual_blocks(model, scale)
+    residuals, stay_open = residual_blocks(model, scale, example_input)
     if not residuals:
-        raise ValueError(f'{name} has no residual block with a drop_path that could be closed')
+        raise ValueError(f'{name} has no residual block that could be closed')
     if stay_open:
-        warnings.warn(f'{name}: {stay_open} of {len(residuals) + stay_open} residual blocks change more than they add '
-                      'to, and stay open', stacklevel=2)
+        warnings.warn(f'{name}: {len(stay_open)} of {len(residuals) + len(stay_open)} residual blocks change more than '
+                      'they add to, and stay open', stacklevel=2)
     remove_stochastic_depth(model)  # timm's own rule, also of the blocks that stay open
     make_skippable(residuals, DepthGates(len(residuals), drop_path_rate, schedule, mode, scale, seed))
     return model
@@ -70,6 +75,7 @@ def remove_stochastic_depth(model: nn.Module) -> nn.Module:
     _clear_slots(model)
     for block in model.modules():
         if isinstance(block, SkippableBlock):
+            block._modules.pop(OWN_SLOT, None)
             block.__class__ = block.plain_class  # type: ignore[assignment]
             for name in SkippableBlock.__annotations__:
                 block.__dict__.pop(name, None)

@@ -1,223 +1,209 @@
-"""Finds the residual blocks of any timm model.
+"""Finds the residual blocks of a network, by running it once; block_probe.py tries each.
 
-timm marks its residual blocks with `drop_path` slots. Which of them a closed gate may skip isn't read off their names
-but tried: the model runs once, and a block can be closed if, with nothing in its slots, it returns what its shortcut
-does.
+timm marks its residual blocks with `drop_path` slots, torchvision and transformers mark some of theirs. In a network
+without slots any module may be a residual block.
 """
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath
 from timm.models import get_model_input_config
 from torch import nn
 
+from .block_probe import BlockProbe, changed, other_weights
+from .skippable import features
 from .stochastic_depth import Residual
-
-# Modules that, one behind the other, are what is beside the branch, as `SkippableBlock.shortcut_path`. Besides them the
-# identity and each single module of a block are tried.
-_SHORTCUTS = (
-    ('downsample', 'act3'), ('downsample', 'act2'),  # ResNet, RegNet: projection, and activation behind the addition
-    ('shortcut', 'act'),                             # ByobNet: likewise
-    ('cpe1', 'cpe2'),                                # DaViT: convolutional position encodings
-    ('res_scale1', 'res_scale2'),                    # MetaFormer: learned scales of the shortcut
-)
-
-
-class _Probe(nn.Module):
-    """In a slot while the model is looked at: notes what the branch returns, and takes it away if told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: torch.Tensor | None = None
-        self.address = 0
-        self.closed = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # a copy: timm's ResNet adds the shortcut in place
-        self.seen, self.address = x.clone(), x.data_ptr()
-        return x * 0. if self.closed else x
 
 
 def drop_path_slots(block: nn.Module) -> tuple[str, ...]:
     """Names of the attributes of `block` that hold a drop path, or would if its rate were above 0."""
-    values = {**block.__dict__, **block._modules}
-    return tuple(name for name, value in values.items()
-                 if re.fullmatch(r'(\w+_)?drop_path\d*', name)
-                 and (value is None or isinstance(value, (nn.Identity, DropPath))))
+    def is_slot(name: str, value: Any) -> bool:
+        if isinstance(value, nn.Module) and re.search('(DropPath|StochasticDepth)(Slot)?$', type(value).__name__):
+            return True  # of any library
+        return re.fullmatch(r'(\w+_)?drop_path\d*', name) is not None and (value is None or type(value) is nn.Identity)
+
+    return tuple(name for name, value in {**block.__dict__, **block._modules}.items() if is_slot(name, value))
+
+
+class _Slot(nn.Identity):
+    """In a slot while the model is looked at: notes whether it is called."""
+    called = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.called = True
+        return x
 
 
 @contextmanager
-def _probes(model: nn.Module) -> Iterator[dict[nn.Module, dict[str, _Probe]]]:
-    """Within it the model is in evaluation mode, with a `_Probe` in each slot of each block."""
-    blocks = {block: slots for block in model.modules() if (slots := drop_path_slots(block))}
-    before = [(block, slot, getattr(block, slot)) for block, slots in blocks.items() for slot in slots]
+def _ready(model: nn.Module, slots: dict[nn.Module, tuple[str, ...]]) -> Iterator[None]:
+    """Within it the model is in evaluation mode, in float32, with a `_Slot` in each slot; afterwards as it was."""
     training = {module: module.training for module in model.modules()}
-    probes = {block: {slot: _Probe() for slot in slots} for block, slots in blocks.items()}
-    for block, of_block in probes.items():
-        for slot, probe in of_block.items():
-            setattr(block, slot, probe)
-    model.eval()
+    before = [(block, name, getattr(block, name)) for block, names in slots.items() for name in names]
+    low = [tensor for tensor in (*model.parameters(), *model.buffers())
+           if tensor.dtype in (torch.bfloat16, torch.float16)]  # in which too much would look equal
     try:
-        yield probes
+        for block, name, _ in before:
+            setattr(block, name, _Slot())
+        model.eval()
+        with changed(low, torch.Tensor.float):
+            yield
     finally:
-        for block, slot, value in before:
-            setattr(block, slot, value)
+        for block, name, value in before:
+            setattr(block, name, value)
         for module, mode in training.items():
             module.training = mode
 
 
-@contextmanager
-def _other_weights(module: nn.Module) -> Iterator[None]:
-    """Within it the parameters of `module` have other values: what holds now doesn't hold by initialisation alone."""
-    before = [(param, param.clone()) for param in module.parameters()]
+def _arguments(model: nn.Module, example_input: Any) -> tuple[tuple, dict[str, Any]]:
+    """What to call the model with: random numbers of its input size, or of the shapes in `example_input`."""
+    name, params = type(model).__name__, list(model.parameters())
+    if not params:
+        raise ValueError(f'{name} has no parameters, so a residual block could not be told from others')
+    if any(param.is_meta for param in params):
+        raise ValueError(f'{name} is on the meta device, where nothing can be tried; call to_empty and load weights '
+                         'before stochastic depth is added')
+    if example_input is None:
+        if not hasattr(model, 'pretrained_cfg'):
+            raise ValueError(f"{name} is none of timm's networks, so its input size is not known; pass "
+                             'example_input=torch.zeros(1, 3, 224, 224), or what it is called with')
+        example_input = torch.zeros(1, *get_model_input_config(model)['input_size'])
     generator = torch.Generator().manual_seed(0)
-    for param, value in before:
-        noise = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
-        param.copy_(value * (0.5 + noise) + 0.1 * noise)
-    try:
-        yield
-    finally:
-        for param, value in before:
-            param.copy_(value)
+
+    def random(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.is_floating_point():  # what holds for zeros doesn't hold for all
+            value = torch.randn(value.shape, generator=generator)
+        return value.to(params[0].device)
+
+    if isinstance(example_input, dict):
+        return (), {key: random(value) for key, value in example_input.items()}
+    return tuple(map(random, example_input if isinstance(example_input, tuple) else (example_input,))), {}
 
 
-def _last_affine(block: nn.Module, probe: _Probe, args: tuple, kwargs: dict[str, Any]) -> nn.Module | None:
-    """The layer whose own parameters scale what goes into the slot, or None."""
-    outputs: list[tuple[nn.Module, Any]] = []
-    layers = [layer for layer in block.modules() if any(True for _ in layer.parameters(recurse=False))]
-    hooks = [layer.register_forward_hook(lambda layer, _, y: outputs.append((layer, y))) for layer in layers]
+class Found(NamedTuple):
+    """The residual blocks of a network.
 
-    def branch() -> torch.Tensor:
-        block.forward(args[0].clone(), *args[1:], **kwargs)
-        assert probe.seen is not None
-        return probe.seen
+    Attributes:
+        closable: Those that can be closed, in the order of the forward pass.
+        stay_open: Those with slots that can't.
+    """
+    closable: list[Residual]
+    stay_open: list[nn.Module]
 
-    before = branch()
-    for hook in hooks:
-        hook.remove()
-    last = [layer for layer, output in outputs if isinstance(output, torch.Tensor)
-            and output.data_ptr() == probe.address and output.shape == before.shape]
-    if not last:
-        return None
-    params = [(param, param.clone()) for param in last[-1].parameters(recurse=False)]
-    for param, value in params:
-        # A branch of half the parameters must give half the output. It does not where the weights are standardised
-        # first, or an activation follows.
-        param.copy_(value / 2)
-    halved = branch()
-    for param, value in params:
-        param.copy_(value)
-    return last[-1] if torch.allclose(halved, before / 2, rtol=1e-3, atol=1e-6) else None
+
+class _Search:
+    """The hooks that look at each block while the model runs once."""
+
+    def __init__(self, model: nn.Module, slots: dict[nn.Module, tuple[str, ...]], scale: str) -> None:
+        self.slots, self.scale = slots, scale
+        self.names = {module: name for name, module in model.named_modules()}
+        self.closable: dict[nn.Module, Residual] = {}
+        self.stay_open: list[nn.Module] = []
+        self.inputs: dict[nn.Module, torch.Tensor] = {}
+        self.before: dict[nn.Module, nn.Module] = {}  # the block whose output a block is given
+        self.last_block: nn.Module | None = None
+        self.last_output: Any = None
+        self.trying = False
+
+    def keep_input(self, block: nn.Module, args: tuple) -> tuple | None:
+        if self.trying:
+            return None
+        for name in self.slots.get(block, ()):
+            getattr(block, name).called = False
+        self.inputs.pop(block, None)
+        if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+            return None
+        if self.last_block is not None and args[0] is self.last_output:
+            self.before[block] = self.last_block
+        x = args[0] / args[0].abs().max().clamp(min=1.)  # a thousand untrained layers would overflow in evaluation
+        self.inputs[block] = x.clone()
+        return x, *args[1:]
+
+    def look(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        slots = tuple(name for name in self.slots.get(block, ()) if getattr(block, name).called)
+        if self.trying or (self.slots and not slots):
+            return  # without a shortcut, as EfficientNet's blocks are where the shape changes
+        if block in self.closable or block in self.stay_open:
+            raise ValueError(f'{self.names[block]} runs twice in one forward pass; a block has one gate')
+        residual = self._try(block, slots, args, kwargs, output)
+        if residual is not None:
+            self.closable[block] = residual
+            self.last_block, self.last_output = block, features(output)
+        elif slots:
+            self.stay_open.append(block)
+
+    def _try(self, block: nn.Module, slots: tuple[str, ...], args: tuple, kwargs: dict[str, Any],
+             output: Any) -> Residual | None:
+        x = self.inputs.pop(block, None)
+        # several tensors, as CrossViT's blocks take and return, or a block around another one, as SwiftFormer's
+        if x is None or not isinstance(features(output), torch.Tensor) \
+                or isinstance(output, tuple) and any(value is not None for value in output[1:]) \
+                or any(inner in self.closable for inner in block.modules()):
+            return None
+        self.trying = True
+        probe = BlockProbe(block, x, args[1:], kwargs)
+        with other_weights(block):
+            way = probe.find_way(slots)
+            last_affine = probe.find_affine(way.ends) if way and self.scale == 'eval' else ()
+        self.trying = False
+        if way is None:
+            return None
+        if last_affine is None:
+            raise ValueError(f"drop_path_scale is 'eval', but the branch of {self.names[block]} ends in nothing that "
+                             "can absorb p_l; use 'train'")
+        if not torch.equal(args[0], x):
+            self.before.pop(block, None)  # it writes into its input
+        return Residual(
+            block, slots=slots if way.ends == slots else (), branch_ends=way.ends if way.ends != slots else (),
+            shortcut_path=way.shortcut_path, relu_behind=way.relu_behind, last_affine=last_affine, chained=False,
+            nonnegative=bool((x >= 0).all()), output_length=len(output) if isinstance(output, tuple) else 0)
+
+    def found(self) -> Found:
+        """What was found, but for sums of layers beside each other, as in Inceptions: no residual blocks."""
+        identities = {(type(block), residual.branch_ends) for block, residual in self.closable.items()
+                      if not _projects(residual)}
+        closable = {block: residual for block, residual in self.closable.items()
+                    if residual.slots or (type(block), residual.branch_ends) in identities}
+        parents = {block: self.names[block].rpartition('.')[0] for block in closable}
+        chained = {before for block, before in self.before.items()
+                   if block in closable and before in closable and parents[block] == parents[before]}
+        return Found([residual._replace(chained=block in chained) for block, residual in closable.items()],
+                     self.stay_open + [block for block in self.closable if block not in closable and self.slots])
+
+
+def _projects(residual: Residual) -> bool:
+    """Whether the shortcut has parameters."""
+    return any(True for name in residual.shortcut_path for _ in getattr(residual.block, name).parameters())
 
 
 @torch.no_grad()
-def residual_blocks(model: nn.Module, scale: str = 'train') -> tuple[list[Residual], int]:
-    """The residual blocks of a timm model that can be closed, and how many can't.
+def residual_blocks(model: nn.Module, scale: str = 'train', example_input: Any = None) -> Found:
+    """The residual blocks of a network.
 
-    Runs the model once, in evaluation mode, on a random picture of its input size.
+    Runs the model once, in evaluation mode, and leaves it as it was.
 
     Args:
         model: The model.
         scale: With 'eval', looks for the last affine layer of each branch too.
-
-    Returns:
-        The blocks in the order of the forward pass, and the number of those that change the shape on their way.
+        example_input: What the model is called with: a tensor, a tuple of arguments or a dict of named ones. Floating
+            point numbers in it are replaced by random ones. By default a picture of the size that timm knows.
 
     Raises:
-        ValueError: If a block runs twice in one forward pass, or can't absorb p_l with scale 'eval'.
+        ValueError: If the model can't be tried, a block runs twice in one forward pass, or can't absorb p_l with scale
+            'eval'.
     """
-    found: list[Residual] = []
-    stay_open: list[nn.Module] = []
-    inputs: dict[nn.Module, torch.Tensor | None] = {}
-    last_output: list[Any] = []  # of the last block found
-    direct: dict[nn.Module, bool] = {}  # whether that is a block's input
-
-    def look(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        used = {slot: probe for slot, probe in probes[block].items() if probe.seen is not None}
-        if not used:
-            return  # a block without a shortcut, such as EfficientNet's where the shape changes
-        before = [*stay_open, *(residual.block for residual in found)]
-        if block in before:
-            raise ValueError(f'{names[block]} runs twice in one forward pass; a block has one gate')
-        x = inputs.pop(block)
-        # several tensors, as CrossViT's blocks take, or a block around another one, as SwiftFormer's
-        if x is None or any(module in before for module in block.modules()):
-            stay_open.append(block)
-            return
-        args = (x, *args[1:])
-        with _other_weights(block):
-            for probe in used.values():
-                probe.closed = True
-            # with negative values too, or a ReLU behind the addition would look like nothing
-            closed = [(y, block.forward(y.clone(), *args[1:], **kwargs)) for y in (x, x - x.mean())]
-            for probe in used.values():
-                probe.closed = False
-            path = _shortcut_path(block, closed)
-            if path is None:  # a ReLU that is no module
-                path = _shortcut_path(block, closed[:1])
-        if path is None:
-            stay_open.append(block)
-            return
-        last = [_last_affine(block, probe, args, kwargs) for probe in used.values()] if scale == 'eval' else []
-        if None in last:
-            raise ValueError(f"drop_path_scale is 'eval', but the branch of {names[block]} ends in nothing that can "
-                             "absorb p_l; use 'train'")
-        if found and direct[block] and parent(found[-1].block) == parent(block):
-            found[-1] = found[-1]._replace(chained=True)
-        found.append(Residual(
-            block, tuple(used), path, tuple(layer for layer in last if layer is not None), chained=False,
-            nonnegative=bool((x >= 0).all())))
-        last_output[:] = [output]
-
-    def keep_input(block: nn.Module, args: tuple) -> tuple | None:
-        for probe in probes[block].values():
-            probe.seen = None
-        inputs[block] = None
-        if not args or not isinstance(args[0], torch.Tensor):
-            return None
-        direct[block] = any(x is args[0] for x in last_output)
-        x = args[0] / args[0].abs().max().clamp(min=1.)  # a thousand untrained layers would overflow in evaluation
-        inputs[block] = x.clone()
-        return x, *args[1:]
-
-    def parent(block: nn.Module) -> str:
-        return names[block].rpartition('.')[0]
-
-    names = {module: name for name, module in model.named_modules()}
-    example = next(model.parameters())
-    size = get_model_input_config(model)['input_size']
-    x = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(example.device, example.dtype)
-    with _probes(model) as probes:
-        hooks = [hook for block in probes for hook in (
-            block.register_forward_pre_hook(keep_input), block.register_forward_hook(look, with_kwargs=True))]
-        try:
-            model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return found, len(stay_open)
-
-
-def _shortcut_path(block: nn.Module, closed: list[tuple[torch.Tensor, Any]]) -> tuple[str, ...] | None:
-    """The modules that turn each input into the closed block's output, or None if that takes more than these."""
-    # the last activation rather than another one that does the same
-    for path in ((), *_SHORTCUTS, *((name,) for name, _ in reversed(list(block.named_children())))):
-        modules: list[Any] = [getattr(block, name, None) for name in path]
-        if all(_gives(modules, x, output) for x, output in closed):
-            return path
-    return None
-
-
-def _gives(modules: list[Any], x: torch.Tensor, output: Any) -> bool:
-    """Whether `modules`, one behind the other, turn `x` into `output`."""
-    y = x.clone()
-    try:
-        for module in modules:
-            y = module(y)
-    except (RuntimeError, TypeError, ValueError, AssertionError):  # a module that wants something else
-        return False
-    return isinstance(y, torch.Tensor) and isinstance(output, torch.Tensor) and y.shape == output.shape \
-        and torch.allclose(y, output, rtol=1e-5, atol=1e-6)  # another memory layout rounds differently
+    args, kwargs = _arguments(model, example_input)
+    slots = {block: names for block in model.modules() if (names := drop_path_slots(block))}
+    may_be_blocks = slots or [
+        block for block in model.modules() if block is not model and any(True for _ in block.children())
+        and not isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict)]
+    search = _Search(model, slots, scale)
+    with _ready(model, slots), ExitStack() as hooks:
+        for block in may_be_blocks:
+            hooks.callback(block.register_forward_pre_hook(search.keep_input).remove)
+            hooks.callback(block.register_forward_hook(search.look, with_kwargs=True).remove)
+        model(*args, **kwargs)
+    return search.found()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .gates import DepthGates
 from .hub import build_model
 from .skippable import add_branch
-from .stochastic_depth import Residual, make_skippable
+from .stochastic_depth import Affine, Residual, make_skippable
 
 __all__ = ['ResNetCifar']  # a list, as timm's registry wants it; register_model appends the entry points
 
@@ -184,7 +184,7 @@ class ResNetCifar(nn.Module):
         gates = DepthGates(
             3 * blocks_per_stage, drop_path_rate, drop_path_schedule, drop_path_mode, drop_path_scale, drop_path_seed)
         make_skippable([
-            Residual(block, shortcut_path=('shortcut', 'act2'), last_affine=(block.bn2,),
+            Residual(block, shortcut_path=('shortcut', 'act2'), last_affine=(Affine('drop_path', block.bn2),),
                      chained=block is not stage[-1], nonnegative=True)
             for stage in stages for block in stage], gates, initialize=True)
         self.init_weights()

@@ -10,7 +10,7 @@ from torch import nn
 
 from .gates import DepthGates
 from .hub import build_model
-from .stochastic_depth import Residual, make_skippable
+from .stochastic_depth import Affine, Residual, make_skippable
 
 __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; register_model appends the entry points
 
@@ -18,7 +18,7 @@ __all__ = ['StochasticDepthResNet']  # a list, as timm's registry wants it; regi
 def _residual(block: Any, chained: bool) -> Residual:
     last_act, last_norm = ('act2', block.bn2) if isinstance(block, BasicBlock) else ('act3', block.bn3)
     path = (last_act,) if block.downsample is None else ('downsample', last_act)
-    last_affine = (last_norm,) if block.se is None else ()  # attention isn't linear
+    last_affine = (Affine('drop_path', last_norm),) if block.se is None else ()  # attention isn't linear
     nonnegative = isinstance(getattr(block, last_act), nn.ReLU)  # timm's ResNet has one kind of activation
     return Residual(block, shortcut_path=path, last_affine=last_affine, chained=chained, nonnegative=nonnegative)
 

@@ -10,6 +10,7 @@ from functools import cache, update_wrapper
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, drop_path
 from timm.models import register_notrace_module
 from torch import nn
@@ -21,6 +22,13 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from .functional import closed_block, on_channels_last, scale_gradients
 from .gates import DepthGates
 from .shallow_copy import has_hooks, shallow_copy
+
+OWN_SLOT = 'depth_gate'  # of a block that has no drop_path slot: its forward knows nothing of it
+
+
+def features(output: Any) -> Any:
+    """The features (B, ...) in what a block returned, which in transformers is a tuple of them and, mostly, None."""
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 class DropPathSlot(DropPath):
@@ -105,21 +113,27 @@ class SkippableBlock(nn.Module):
     Attributes:
         plain_class: The block's class without the method.
         drop_path_slots: Names of the slots that hold the block's `DropPathSlot`.
+        branch_ends: Names of the block's modules whose output is a branch, where no slot scales it.
         shortcut_path: Names of the block's modules that are its shortcut, in their order, and of the activation behind
             the addition; none for the identity.
+        relu_behind: Whether there is a ReLU behind the addition that is no module.
         nonnegative: Whether its input came out of a ReLU when the method was added. A closed block then skips its own
             ReLU, so replace either all activations of the network or none.
-        last_affine: With scale 'eval', where the parameters that end each slot's branch are: the names of the modules
-            on the way there, and those of the parameters.
+        last_affine: With scale 'eval', where the parameters that scale each branch are: the slot or module that ends
+            it, the names of the modules on the way to them, and their own.
         chained: Whether its output goes to nothing but the next block that can be skipped.
+        output_length: Of the tuple that it returns, its features first and None behind them; 0 if it returns these.
         compiled_forward: The forward of its class, compiled, or None.
     """
     plain_class: type[nn.Module]
     drop_path_slots: list[str]  # lists, for TorchScript
+    branch_ends: list[str]
     shortcut_path: list[str]
-    last_affine: list[tuple[list[str], list[str]]]
-    chained: bool
+    relu_behind: bool
     nonnegative: bool
+    last_affine: list[tuple[str, list[str], list[str]]]
+    chained: bool
+    output_length: int
     compiled_forward: Any
 
     def compile(self, **options: Any) -> None:
@@ -139,7 +153,7 @@ class SkippableBlock(nn.Module):
             if changes_nothing and not has_hooks(module):
                 continue
             y = module(y.clone() if getattr(module, 'inplace', False) else y)
-        return y
+        return F.relu(y) if self.relu_behind and not (y is x and self.nonnegative) else y
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), 'compiled_forward': None}  # as nn.Module leaves out what it compiled
@@ -214,8 +228,8 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
         kept = _subset(f'{draw.key}/{slot.index}', x, survival_prob)
         shortcut = block.run_shortcut(x)
         scaled = _scaled(block, slots, len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.)
-        y = _run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs)
-        return on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype))
+        y = features(_run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
+        return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)))
     if draw.open[slot.index]:
         return _run(_scaled(block, slots, 1. / survival_prob if slot.scale_by_keep else 1.), x, *args, **kwargs)
     if not all_slots:  # the branch of the other module runs
@@ -223,7 +237,12 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     y = closed_block(block.run_shortcut(x), (*_parameters(block, skip=block.shortcut_path), *tensors))
     # `y` may share its memory with `x`. The next block writes into neither; other code and hooks may.
-    return y if block.chained and not block._forward_hooks else y.clone()
+    return _output(block, y if block.chained and not block._forward_hooks else y.clone())
+
+
+def _output(block: Any, y: torch.Tensor) -> Any:
+    """The features `y` as the block's class would return them."""
+    return (y, *[None] * (block.output_length - 1)) if block.output_length else y
 
 
 @torch.compiler.disable
@@ -243,10 +262,28 @@ def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
         scaled._modules[name] = shallow_copy(slot)
         scaled._modules[name].__dict__['factor'] = factor
     if next(iter(slots.values())).gates.scale == 'eval' and factor not in (0., 1.):
-        for name, (path, params) in zip(block.drop_path_slots, block.last_affine, strict=True):
-            if name in slots:
+        for end, path, params in block.last_affine:
+            if end in slots or block.branch_ends:
                 _scale_gradients(scaled, path, params, factor ** -2)
+    for name in block.branch_ends if factor != 1. else ():
+        scaled._modules[name] = _ScaledOutput(scaled._modules[name], factor)
     return scaled
+
+
+class _ScaledOutput(nn.Module):
+    """In the place of a module that ends a branch: multiplies what it returns."""
+
+    def __init__(self, module: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.module, self.factor = module, factor
+
+    def __getattr__(self, name: str) -> Any:  # the block may ask for more than the output
+        return self._modules[name] if name == 'module' else getattr(self._modules['module'], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.module(*args, **kwargs)
+        y = features(output) * self.factor
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
 def _scale_gradients(block: Any, path: list[str], names: list[str], factor: float) -> None:
@@ -262,7 +299,7 @@ def _scale_gradients(block: Any, path: list[str], names: list[str], factor: floa
         if layer is None or 'forward' in layer.__dict__ or layer._compiled_call_impl is not None:
             return
     params = {name: layer.__dict__.get(name, layer._parameters.get(name)) for name in names}  # FSDP1 has plain tensors
-    if len(_parameters(layer)) > sum(name in layer._parameters for name in names) \
+    if path and len(_parameters(layer)) > sum(name in layer._parameters for name in names) \
             or any(param is None for param in params.values()):
         return
     for name in path:

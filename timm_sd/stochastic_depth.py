@@ -11,7 +11,20 @@ import torch
 from torch import nn
 
 from .gates import DepthGates
-from .skippable import DropPathSlot, SkippableBlock, skippable_class
+from .skippable import OWN_SLOT, DropPathSlot, SkippableBlock, skippable_class
+
+
+class Affine(NamedTuple):
+    """The parameters that scale a branch.
+
+    Attributes:
+        end: The slot, or the other child of the block, in which the branch ends.
+        layer: The module that has them, in the block or the block itself.
+        names: Their names there.
+    """
+    end: str
+    layer: nn.Module
+    names: tuple[str, ...] = ('weight', 'bias')
 
 
 class Residual(NamedTuple):
@@ -19,18 +32,24 @@ class Residual(NamedTuple):
 
     Attributes:
         block: The block; its output is shortcut + drop_path(branch), or the activation of that.
-        slots: Names of its `drop_path` slots.
+        slots: Names of its `drop_path` slots; none if it has no use for one.
+        branch_ends: See `SkippableBlock`.
         shortcut_path: See `SkippableBlock`.
-        last_affine: For scale 'eval': the layer that ends what goes into each slot; none if something follows one.
+        relu_behind: See `SkippableBlock`.
+        last_affine: For scale 'eval': what scales each branch; none if something that isn't linear ends one.
         chained: See `SkippableBlock`.
         nonnegative: See `SkippableBlock`.
+        output_length: See `SkippableBlock`.
     """
     block: nn.Module
     slots: tuple[str, ...] = ('drop_path',)
+    branch_ends: tuple[str, ...] = ()
     shortcut_path: tuple[str, ...] = ()
-    last_affine: tuple[nn.Module, ...] = ()
+    relu_behind: bool = False
+    last_affine: tuple[Affine, ...] = ()
     chained: bool = True
     nonnegative: bool = False
+    output_length: int = 0
 
 
 def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize: bool = False) -> None:
@@ -55,31 +74,37 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
             weights that were trained already.
 
     Raises:
-        ValueError: If a branch ends in nothing that can absorb p_l with scale 'eval'.
+        ValueError: If a branch ends in nothing that can absorb p_l with scale 'eval', or a block has no slot for mode
+            'sample'.
     """
+    if gates.mode == 'sample' and not all(residual.slots for residual in residuals):
+        raise ValueError("drop_path_mode 'sample' needs a drop_path slot in each block, which this network's lack; use "
+                         "'batch' or 'subset'")
     if gates.scale == 'eval' and not all(residual.last_affine for residual in residuals):
         raise ValueError("drop_path_scale is 'eval', but not all branches end in a layer that can absorb p_l; use "
                          "'train'")
-    for index, (block, slots, shortcut_path, last_affine, chained, nonnegative) in enumerate(residuals):
-        slot = DropPathSlot(gates, index).train(block.training)
+    for index, residual in enumerate(residuals):
+        skippable: Any = residual.block
+        plain_class: Any = type(residual.block)
+        slots = list(residual.slots) or [OWN_SLOT]
+        slot = DropPathSlot(gates, index).train(skippable.training)
         for name in slots:
-            setattr(block, name, slot)
+            setattr(skippable, name, slot)
         if gates.mode == 'sample':
             continue
-        names = {module: name.split('.') for name, module in block.named_modules()}
-        skippable: Any = block
-        plain_class: Any = type(block)
-        skippable.drop_path_slots = list(slots)
-        skippable.shortcut_path = list(shortcut_path)
-        skippable.last_affine = [(names[layer], list(dict(layer.named_parameters(recurse=False))))
-                                 for layer in last_affine]
-        skippable.chained, skippable.nonnegative = chained, nonnegative
+        paths = {module: name.split('.') if name else [] for name, module in skippable.named_modules()}
+        skippable.drop_path_slots = slots
+        skippable.branch_ends, skippable.shortcut_path = list(residual.branch_ends), list(residual.shortcut_path)
+        skippable.last_affine = [(end, paths[layer], list(names)) for end, layer, names in residual.last_affine]
+        for name in ('relu_behind', 'chained', 'nonnegative', 'output_length'):
+            setattr(skippable, name, getattr(residual, name))
         skippable.compiled_forward = None
         skippable.__class__ = skippable_class(plain_class)
         if gates.scale == 'eval' and initialize:
             with torch.no_grad():
-                for param in (param for layer in last_affine for param in layer.parameters(recurse=False)):
-                    param.mul_(1. - gates.drop_path_rates[index])
+                for _, layer, names in residual.last_affine:
+                    for name in names:
+                        getattr(layer, name).mul_(1. - gates.drop_path_rates[index])
 
 
 def depth_gates(model: nn.Module) -> DepthGates | None:

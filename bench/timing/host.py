@@ -11,7 +11,7 @@ import timm_sd
 from timing.rows import spread
 from timm_sd.functional import closed_block
 from timm_sd.resnet_cifar_sd import BasicBlock
-from timm_sd.stochastic_depth import Residual, make_skippable
+from timm_sd.stochastic_depth import Affine, Residual, make_skippable
 
 BLOCKS = 18
 PASSES = 10  # of a contestant in a turn
@@ -41,8 +41,10 @@ def _stage(block_class: type[BasicBlock], drop_path_rate: float = 0., scale: str
     """Blocks in training mode, each at the same rate."""
     blocks = [block_class(16, 16) for _ in range(BLOCKS)]
     if drop_path_rate:
-        make_skippable([Residual(block, shortcut_path=('shortcut', 'act2'), last_affine=(block.bn2,), nonnegative=True)
-                        for block in blocks], timm_sd.DepthGates(BLOCKS, drop_path_rate, 'uniform', scale=scale))
+        make_skippable([
+            Residual(block, shortcut_path=('shortcut', 'act2'), last_affine=(Affine('drop_path', block.bn2),),
+                     nonnegative=True)
+            for block in blocks], timm_sd.DepthGates(BLOCKS, drop_path_rate, 'uniform', scale=scale))
     return nn.Sequential(*blocks).train()
 
 

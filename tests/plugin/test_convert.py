@@ -194,7 +194,7 @@ def test_mistakes_are_named_and_change_nothing(make, kwargs, words):
 
 
 def test_blocks_that_stay_open_are_told():
-    with pytest.warns(UserWarning, match='NormFreeNet: 4 of 5 residual blocks change more than they add to'):
+    with pytest.warns(UserWarning, match='NormFreeNet: 3 of 5 residual blocks change more than they add to'):
         timm_sd.add_stochastic_depth(network('nf_regnet_b0'), 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter('error')

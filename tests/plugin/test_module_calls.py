@@ -14,7 +14,7 @@ from support.gated import PATTERNS, RATE, each_network, each_scale, forced, grad
 from support.kinds import added, network
 from support.networks import CountOps, force, freeze_statistics, pictures, toy
 from timm_sd.gates import DepthGates
-from timm_sd.stochastic_depth import Residual, make_skippable
+from timm_sd.stochastic_depth import Affine, Residual, make_skippable
 
 
 def record(blocks):
@@ -148,7 +148,7 @@ class CountingLinear(nn.Linear):
 def test_what_an_open_block_and_its_layers_assign_to_themselves_stays(scale):
     block = Counting()
     block.branch = nn.Sequential(CountingLinear(4, 4), CountingLinear(4, 4))
-    make_skippable([Residual(block, last_affine=(block.branch[1],))], DepthGates(1, 0.5, scale=scale))
+    make_skippable([Residual(block, last_affine=(Affine('drop_path', block.branch[1]),))], DepthGates(1, 0.5, scale=scale))
     gates, x, opened = block.drop_path.gates, torch.randn(2, 4), 0
     for _ in range(20):
         block(x)
@@ -291,7 +291,7 @@ def test_a_closed_block_is_differentiated_twice(gates):
     ('test_convnext', [False, *[True, False], *[True, True, True, False], *[True, False]]),
     # a block that can't be closed comes before a stage
     ('mobilenetv2_035', [False, *[True, False], *[True, True, False], *[True, False], *[True, False]]),
-    ('nf_regnet_b0', [False])])
+    ('nf_regnet_b0', [False, False])])
 def test_blocks_are_chained_where_one_feeds_the_next(name, chained):
     assert [block.chained for block in skippable(added(name))] == chained
 

@@ -38,7 +38,7 @@ KINDS = {
     'resnet33ts': Kind(  # shortcut, then act, an activation that isn't a ReLU
         dict(INPUT_64, blocks=(_bottleneck(2, 32, 2), _bottleneck(1, 48, 2)), stem_chs=16, num_features=64), 3),
     'nf_regnet_b0': Kind(  # blocks that stay open
-        dict(INPUT_64, depths=(1, 2, 1, 1), channels=(16, 16, 24, 32), group_size=8, num_features=32), 1, 4),
+        dict(INPUT_64, depths=(1, 2, 1, 1), channels=(16, 16, 24, 32), group_size=8, num_features=32), 2, 3),
     'test_convnext': Kind(INPUT_64, 9),
     'test_vit': Kind(dict(img_size=64), 6),  # two slots a block
     'swin_tiny_patch4_window7_224': Kind(
