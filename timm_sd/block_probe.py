@@ -5,7 +5,7 @@ closed if, without its branches, it returns what some of its children, or none, 
 """
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ def other_weights(module: nn.Module) -> Any:
         return value * (0.5 + noise) + 0.1 * noise
 
     return changed([param for param in module.parameters() if param.is_floating_point()], other)
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)  # another memory layout rounds differently
 
 
 class Way(NamedTuple):
@@ -95,19 +99,20 @@ class BlockProbe:
     def find_way(self, slots: tuple[str, ...]) -> Way | None:
         """How the block can be closed: by its slots, or else by one or two of its other children."""
         children = self._called(dict(self.block.named_children()))
-        shortcuts = [(path, relu, [F.relu(y) for y in ys] if relu else ys)
-                     for relu in (False, True) for path, ys in self._shortcuts(children)]
-        shape = self.run(self.inputs[0]).shape
-        shortcuts = [shortcut for shortcut in shortcuts if shortcut[2] and shortcut[2][0].shape == shape]
         others = [name for name in children if name not in slots]
-        choices = [slots] if slots else []
-        for ends in (*choices, *combinations(others, 1), *combinations(others, 2)) if shortcuts else ():
-            closed = [self.run(x, ends, factor=0.) for x in self.inputs]
-            for path, relu, ys in shortcuts:
-                # another memory layout rounds differently
-                if all(torch.allclose(y, found, rtol=1e-5, atol=1e-6) for y, found in zip(ys, closed, strict=True)) \
-                        and (ends == slots or self._are_added(ends, path, relu)):
-                    return Way(ends, path, relu)
+        shape = self.run(self.inputs[0]).shape
+        closed: dict[tuple[str, ...], list[torch.Tensor]] = {}
+        shortcuts: dict[tuple[bool, int], list[tuple[tuple[str, ...], list[torch.Tensor]]]] = {}
+        for choices in ([slots] if slots else [], [*combinations(others, 1), *combinations(others, 2)]):
+            for relu, size in product((False, True), (0, 1, 2)):
+                if (relu, size) not in shortcuts:
+                    shortcuts[relu, size] = list(self._shortcuts(children, size, relu, shape))
+                for ends in choices if shortcuts[relu, size] else ():
+                    if ends not in closed:
+                        closed[ends] = [self.run(x, ends, factor=0.) for x in self.inputs]
+                    for path, ys in shortcuts[relu, size]:
+                        if all(map(_same, ys, closed[ends])) and (ends == slots or self._are_added(ends, path, relu)):
+                            return Way(ends, path, relu)
         return None
 
     def _called(self, modules: dict[Any, nn.Module]) -> list[Any]:
@@ -122,21 +127,18 @@ class BlockProbe:
             self.run(self.inputs[0])
         return list(dict.fromkeys(reversed(called)))
 
-    def _shortcuts(self, children: list[str]) -> Iterator[tuple[tuple[str, ...], list[torch.Tensor]]]:
-        """What may be beside a branch: the identity, one child or two, and what they make of the inputs."""
-        def through(name: str, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _shortcuts(self, children: list[str], size: int, relu: bool,
+                   shape: torch.Size) -> Iterator[tuple[tuple[str, ...], list[torch.Tensor]]]:
+        """What may be beside a branch: `size` children in turn, and a ReLU behind them; and what the inputs become."""
+        for path in combinations(children, size):
+            ys = list(self.inputs)
             try:
-                ys = [getattr(self.block, name)(x.clone()) for x in xs]
-            except Exception:  # a module that wants something else
-                return []
-            return ys if all(isinstance(y, torch.Tensor) for y in ys) else []
-
-        yield (), list(self.inputs)
-        ones = {name: through(name, list(self.inputs)) for name in children}
-        for name in children:
-            yield (name,), ones[name]
-        for second, first in combinations(children, 2):
-            yield (first, second), through(second, ones[first])
+                for name in reversed(path):
+                    ys = [getattr(self.block, name)(y.clone()) for y in ys]
+            except Exception:  # a child that wants something else
+                continue
+            if isinstance(ys[0], torch.Tensor) and ys[0].shape == shape:
+                yield path[::-1], [F.relu(y) for y in ys] if relu else ys
 
     def _are_added(self, ends: tuple[str, ...], path: tuple[str, ...], relu: bool) -> bool:
         """Whether what is added to the shortcut is proportional to what `ends` return, in each of their calls."""
@@ -152,6 +154,7 @@ class BlockProbe:
             zero, one, two = (value[positive] if relu else value for value in values)
             return bool((one != zero).any()) and torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-5)
 
+        self.run(self.inputs[0], ends)
         calls = list(self.branches)
         if all(map(is_added, calls)):
             return True

@@ -56,7 +56,7 @@ def _ready(model: nn.Module, slots: dict[nn.Module, tuple[str, ...]]) -> Iterato
             module.training = mode
 
 
-def _arguments(model: nn.Module, example_input: Any) -> tuple[tuple, dict[str, Any]]:
+def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[tuple, dict[str, Any]]:
     """What to call the model with: random numbers of its input size, or of the shapes in `example_input`."""
     name, params = type(model).__name__, list(model.parameters())
     if not params:
@@ -195,7 +195,7 @@ def residual_blocks(model: nn.Module, scale: str = 'train', example_input: Any =
         ValueError: If the model can't be tried, a block runs twice in one forward pass, or can't absorb p_l with scale
             'eval'.
     """
-    args, kwargs = _arguments(model, example_input)
+    args, kwargs = example_arguments(model, example_input)
     slots = {block: names for block in model.modules() if (names := drop_path_slots(block))}
     may_be_blocks = slots or [
         block for block in model.modules() if block is not model and any(True for _ in block.children())

@@ -1,0 +1,198 @@
+"""What `python -m timm_sd` changes in timm before a script runs: the networks that it creates, their seed and epoch.
+
+A script is met where it meets timm: `create_model`, by whatever name it has it, asks for the entry point of a network;
+`random_seed` is told the seed, and timm's scheduler the epoch.
+"""
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import timm.models._factory
+import timm.scheduler
+import timm.scheduler.scheduler_factory
+import timm.utils
+import torch
+from timm.layers import is_scriptable
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .convert import add_stochastic_depth
+from .gates import DepthGates
+from .probe import example_arguments
+from .skippable import SkippableBlock
+from .stochastic_depth import depth_gates
+
+
+class DropPath(NamedTuple):
+    """The prefix's flags; None leaves a thing as timm, or a network of this package, has it.
+
+    Attributes:
+        mode: 'batch' or 'subset'.
+        schedule: 'linear' or 'uniform'.
+        scale: 'train' or 'eval'.
+    """
+    mode: str | None = None
+    schedule: str | None = None
+    scale: str | None = None
+
+
+def say(line: str) -> None:
+    """A line to stderr, by one process."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'timm_sd: {line}', file=sys.stderr, flush=True)
+
+
+def stop(line: str) -> None:
+    """A line to stderr, and exit status 2."""
+    print(f'timm_sd: error: {line}', file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class Prefix:
+    """Lets the networks of a script skip what they drop.
+
+    Args:
+        drop_path: The flags.
+    """
+
+    def __init__(self, drop_path: DropPath) -> None:
+        self.drop_path = drop_path
+        self.seed = 0
+        self.updates_per_epoch = 0
+        self.gates: list[DepthGates] = []
+
+    def install(self) -> None:
+        """Changes timm, for the rest of the process."""
+        factory, scheduler_factory = timm.models._factory, timm.scheduler.scheduler_factory
+        factory.model_entrypoint = self._entrypoint(factory.model_entrypoint)
+        for module in (timm.utils, timm.utils.random):
+            module.random_seed = self._random_seed(module.random_seed)
+        for module in (timm.scheduler, scheduler_factory):
+            module.create_scheduler_v2 = self._create_scheduler(module.create_scheduler_v2)
+        for scheduler in (Scheduler, *Scheduler.__subclasses__()):  # that of plateaus has its own `step`
+            if 'step' in vars(scheduler):
+                scheduler.step = self._step(scheduler.step)
+            if 'step_update' in vars(scheduler):
+                scheduler.step_update = self._step_update(scheduler.step_update)
+
+    # --- networks
+
+    def _entrypoint(self, model_entrypoint: Callable[[str], Any]) -> Callable[[str], Any]:
+        @functools.wraps(model_entrypoint)
+        def wrapped(name: str, *args: Any) -> Any:
+            return functools.partial(self._create, name, model_entrypoint(name, *args))
+        return wrapped
+
+    def _create(self, name: str, create: Any, drop_path_rate: float | None = None, **kwargs: Any) -> nn.Module:
+        given = {f'drop_path_{key}': value for key, value in self.drop_path._asdict().items() if value is not None}
+        rate = {} if drop_path_rate is None else dict(drop_path_rate=drop_path_rate)
+        if given and is_scriptable() and drop_path_rate:
+            stop(f'{name}: TorchScript would train the plain network; leave out --torchscript')
+        if create.__module__.startswith('timm_sd.'):
+            model = create(**{'drop_path_seed': self.seed, **given, **rate, **kwargs})
+        elif given and drop_path_rate:
+            model = create(**kwargs)
+            try:
+                add_stochastic_depth(model, drop_path_rate, **self.drop_path._replace(
+                    mode=self.drop_path.mode or 'batch', schedule=self.drop_path.schedule or 'linear',
+                    scale=self.drop_path.scale or 'train')._asdict(), seed=self.seed)
+            except ValueError as error:
+                stop(f'{name}: {error}')
+        else:
+            if given:
+                say(f'{name} is created without a drop path rate, and left as it is')
+            elif drop_path_rate:
+                say(f"{name} gets timm's DropPath, which computes what it drops; python -m timm_sd --drop-path-mode "
+                    'batch SCRIPT skips it')
+            return create(**rate, **kwargs)
+        gates: Any = depth_gates(model)
+        self._check_seed()
+        self.gates.append(gates)
+        if gates.active and gates.mode != 'sample':
+            say(f'{name}: {describe(model, gates)}')
+        return model
+
+    def _check_seed(self) -> None:
+        """Stops if another process gives its network another seed: gates must be the same on all."""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            store = distributed.distributed_c10d._get_default_store()
+            first = store.compare_set(f'timm_sd/seed/{len(self.gates)}', '', str(self.seed)).decode()
+            if first != str(self.seed):
+                stop(f'seed {self.seed} in one process and {first} in another, but gates are the same in all; call '
+                     'timm.utils.random_seed(seed, rank)')
+
+    # --- seed and epoch
+
+    def _random_seed(self, random_seed: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(random_seed)
+        def wrapped(seed: int = 42, rank: int = 0) -> None:
+            self.seed = seed  # not seed + rank: gates are the same on every rank
+            random_seed(seed, rank)
+        return wrapped
+
+    def _set_epoch(self, epoch: int) -> None:
+        for gates in self.gates:
+            # A loop that tells the epoch that has ended, as DeiT's, would get its gates again.
+            if gates.epoch != epoch or not gates.step:
+                gates.set_epoch(epoch)
+
+    def _create_scheduler(self, create_scheduler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(create_scheduler)
+        def wrapped(*args: Any, updates_per_epoch: int = 0, **kwargs: Any) -> Any:
+            self.updates_per_epoch = updates_per_epoch
+            return create_scheduler(*args, updates_per_epoch=updates_per_epoch, **kwargs)
+        return wrapped
+
+    def _step(self, step: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(step)
+        def wrapped(scheduler: Scheduler, epoch: int, *args: Any, **kwargs: Any) -> None:
+            self._set_epoch(epoch)
+            step(scheduler, epoch, *args, **kwargs)
+        return wrapped
+
+    def _step_update(self, step_update: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(step_update)
+        def wrapped(scheduler: Scheduler, num_updates: int, *args: Any, **kwargs: Any) -> None:
+            # With --sched-on-updates timm begins a resumed run with this call alone.
+            if self.updates_per_epoch and not any(gates.step for gates in self.gates):
+                self._set_epoch(num_updates // self.updates_per_epoch)
+            step_update(scheduler, num_updates, *args, **kwargs)
+        return wrapped
+
+
+@torch.no_grad()
+def computed_share(model: nn.Module, gates: DepthGates) -> float:
+    """The share of a network's multiplications that a training step is expected to run.
+
+    Args:
+        model: A network of timm with stochastic depth.
+        gates: Its gates.
+    """
+    args, kwargs = example_arguments(model)
+    training = {module: module.training for module in model.modules()}
+    names = {module: f'{type(model).__name__}.{name}' for name, module in model.named_modules()}
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(*args, **kwargs)
+    for module, mode in training.items():
+        module.training = mode
+    flops = {name: sum(counts.values()) for name, counts in counter.flop_counts.items()}
+    saved = 0.
+    for block in model.modules():
+        if isinstance(block, SkippableBlock):
+            slot: Any = getattr(block, block.drop_path_slots[0])
+            shortcut = sum(flops.get(names[getattr(block, name)], 0) for name in block.shortcut_path)
+            saved += slot.drop_prob * (flops.get(names[block], 0) - shortcut)
+    return 1. - saved / flops['Global']
+
+
+def describe(model: nn.Module, gates: DepthGates) -> str:
+    """Which blocks of a network with stochastic depth have gates, and what a training step runs, in one line."""
+    names = [name for name, block in model.named_modules() if isinstance(block, SkippableBlock)]
+    return (f'{len(names)} residual blocks have gates, {names[0]} to {names[-1]}: mode {gates.mode}, scale {gates.scale}, '
+            f'{gates.schedule} to a rate of {gates.drop_path_rates[-1]:g}, seed {gates.seed}; a training step runs '
+            f'{computed_share(model, gates):.0%} of the multiplications')
