@@ -50,14 +50,6 @@ def test_another_classifier_is_where_the_network_is():
     assert model.head_hidden_size == 128
 
 
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize(('num_classes', 'global_pool'), [(5, None), (5, 'max'), (0, None), (0, '')])
-def test_another_classifier_is_in_the_mode_of_the_network(training, num_classes, global_pool):
-    model = toy().train(training)
-    model.reset_classifier(num_classes, global_pool)
-    assert all(module.training == training for module in model.modules())
-
-
 @pytest.mark.parametrize('scale', ['train', 'eval'])
 def test_equals_the_reference_in_evaluation(scale):
     model = toy(2, drop_path_scale=scale).double().eval()

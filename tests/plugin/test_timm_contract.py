@@ -1,4 +1,4 @@
-"""timm's own model tests pass on our networks, with their default drop_path_rate of 0.5."""
+"""timm's contract holds for our networks, with their default drop_path_rate of 0.5: timm's own tests pass on them."""
 import os
 import subprocess
 import sys
@@ -9,20 +9,31 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
+import torch
 
-from support.timm_contract import OURS
-
-pytestmark = pytest.mark.slow
+from support.timm_contract import COMPUTED, TAGGED
 
 TESTS = Path(__file__).parent.parent
-# timm's tests that ask list_models for names; each of them has to run on each of our networks
+# timm's tests that ask list_models for names; each of them has to run on a network of each kind
 ON_EACH = [
-    'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_torchscript',
-    'test_model_forward_features', 'test_model_forward_intermediates', 'test_model_forward_intermediates_features',
+    'test_model_forward', 'test_model_backward', 'test_model_forward_torchscript', 'test_model_forward_features',
+    'test_model_forward_intermediates', 'test_model_forward_intermediates_features',
     'test_prune_intermediate_layers_contract', 'test_model_forward_fx', 'test_model_backward_fx',
     'test_model_forward_fx_torchscript',
 ]
 PRETRAINED = ['test_model_load_pretrained', 'test_model_features_pretrained']
+
+
+@pytest.mark.parametrize('name', [  # a tag changes none of it
+    name if '1202' not in name else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_models('sd_*')])
+def test_another_classifier_is_in_the_mode_of_the_network(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    for training in (True, False):
+        model.train(training)
+        for num_classes, global_pool in ((5, None), (5, 'max'), (0, None), (0, '')):
+            model.reset_classifier(num_classes, global_pool)
+            assert all(module.training == training for module in model.modules()), (training, num_classes, global_pool)
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +62,8 @@ def passed(report):
     return models
 
 
-def test_timms_own_tests_pass_and_run_on_each_of_our_networks(timm_tests, tmp_path):
+@pytest.mark.slow
+def test_timms_own_tests_pass_and_run_on_our_networks(timm_tests, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != 'GITHUB_ACTIONS'}  # there timm leaves some out
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-p', 'support.timm_contract', 'tests/test_models.py', '-k', 'sd_', '-q',
@@ -60,8 +72,7 @@ def test_timms_own_tests_pass_and_run_on_each_of_our_networks(timm_tests, tmp_pa
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
     models = passed(tmp_path / 'report.xml')
     for function in ON_EACH:
-        assert {model.split('.')[0] for model in models[function]} == set(OURS), function
-    tags = {f'{model}.{tag}' for model in ('sd_resnet20_cifar', 'sd_resnet38_cifar') for tag in ('c10', 'c100', 'svhn')}
-    assert tags | {'sd_resnet18.tv_in1k'} <= models['test_model_default_cfgs']
+        assert models[function] == set(COMPUTED), function
+    assert models['test_model_default_cfgs'] == set(TAGGED)
     for function in PRETRAINED:
         assert models[function] == {'sd_resnet20_cifar.c10'}, function  # the one whose weights are in the package
