@@ -62,6 +62,12 @@ def method_of(results: dict[str, Any]) -> tuple[str, str, str]:
         args['drop_path_scale'] or 'train'
 
 
+def method_kwargs(results: dict[str, Any]) -> dict[str, Any]:
+    """The method of a run, as arguments of `timm_sd.add_stochastic_depth`."""
+    mode, schedule, scale = method_of(results)
+    return dict(drop_path_rate=results['drop_path_rate'], schedule=schedule, mode=mode, scale=scale)
+
+
 def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:
     """Number of classes, and the side of the images in pixels."""
     cfg: Any = timm.get_pretrained_cfg(results['model'])
@@ -90,6 +96,7 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
     return str(ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
         dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size, paper=comparison.paper_error,
-        paper_epochs=comparison.paper_epochs, saving=comparison.saving,
+        paper_epochs=comparison.paper_epochs, saving=comparison.saving, repo=repo,
+        is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
         width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

@@ -1,4 +1,5 @@
 """What is made public of a run: its card with what it is made from, and a whole Hub repository."""
+import json
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,16 @@ from huggingface_hub.utils import httpx
 from timm.models import save_for_hf
 
 import timm_sd
-from harness.card import Comparison, architecture, classes_and_size, full_name, make_card, method_of, plain_kwargs
+from harness.card import (
+    Comparison,
+    architecture,
+    classes_and_size,
+    full_name,
+    make_card,
+    method_kwargs,
+    method_of,
+    plain_kwargs,
+)
 from harness.cli import flag
 from harness.errors import UserError, one_line
 from harness.files import write_atomic, write_json
@@ -64,6 +74,21 @@ def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Com
     write_atomic(folder / 'README.md', make_card(results, comparison, repo).encode())
 
 
+def method_config(results: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the method, for a training that goes on with it.
+
+    Our networks take it as arguments, which timm and transformers find in `model_args`. For timm's own networks
+    `drop_path_rate` would be that of timm's DropPath, so they get a key that both ignore.
+    """
+    if not architecture(full_name(results)).startswith('sd_'):
+        return dict(stochastic_depth=method_kwargs(results))
+    mode, schedule, scale = method_of(results)
+    args = dict(drop_path_rate=results['drop_path_rate'], drop_path_schedule=schedule, drop_path_mode=mode)
+    if scale != 'eval':  # which mode 'batch' has by default; said here, no other mode could be asked for
+        args['drop_path_scale'] = scale
+    return dict(model_args=args)
+
+
 def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comparison, folder: Path,
                      repo: str) -> None:
     """Writes everything that a Hub repository holds; see `write_card_folder`."""
@@ -75,10 +100,14 @@ def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comp
     given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
     if results['args']['in_memory']:  # images in memory are not cropped
         given.update(crop_pct=1.0, interpolation='bilinear')
-    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(labels, pretrained_cfg=dict(
-        given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
-        paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
-        test_input_size=None, test_crop_pct=None)))
+    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(
+        labels, **method_config(results), pretrained_cfg=dict(
+            given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
+            paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
+            test_input_size=None, test_crop_pct=None)))
+    config = json.loads((folder / 'config.json').read_text())
+    del config['model_args']['num_classes']  # timm takes that of the top level, and transformers adds it to these
+    write_json(folder / 'config.json', config)
     # save_for_hf wrote the random weights of `model` beside config.json: the run's take their place.
     write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
 

@@ -10,8 +10,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 
 import publish
+import timm_sd
 from harness.run_folder import RunFolder
 from support.commands import bench, refused, run_here, weights
 from support.hub_server import Hub
@@ -90,6 +92,7 @@ def test_a_repository_holds_the_run_and_nothing_else(hub, signed_in, run_folder)
     assert config['label_names'] == [str(n) for n in range(10)]
     assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == ('c10', 'apache-2.0')
     assert config['pretrained_cfg']['input_size'] == [3, 8, 8]
+    assert 'num_classes' not in config['model_args']  # transformers would give it twice
 
 
 def test_no_path_of_this_machine_is_published(hub, signed_in, run_folder):
@@ -158,6 +161,31 @@ def test_a_pull_request_leaves_the_branch_alone(hub, signed_in, run_folder):
     assert repo.branches['refs/pr/1'] in result.stdout
 
 
+# --- what goes on with the training
+
+
+def method(model):
+    gates = timm_sd.depth_gates(model)
+    return gates.drop_path_rates[-1], gates.schedule, gates.mode, gates.scale
+
+
+@pytest.mark.parametrize(('results', 'expected'), [
+    ({}, (0.2, 'linear', 'batch', 'eval')),
+    (dict(drop_path_rate=0.3, drop_path_schedule='uniform', drop_path_scale='train'),
+     (0.3, 'uniform', 'batch', 'train')),
+])
+def test_our_network_goes_on_with_the_method_of_its_run(hub, signed_in, run_folder, results, expected):
+    change(run_folder, **results)
+    to_hub(run_folder, '--repo', 'our/sd')
+    to_hub(run_folder, '--repo', 'our/sd', '--dry-run')
+    for name in ('hf-hub:our/sd', f'local-dir:{run_folder / "hub"}'):
+        assert method(timm.create_model(name, pretrained=True)) == expected
+        assert method(timm.create_model(name, pretrained=True, num_classes=3)) == expected
+        assert method(timm.create_model(name, pretrained=True, drop_path_rate=0.4)) == (0.4, *expected[1:])
+        other = timm.create_model(name, pretrained=True, drop_path_mode='sample')
+        assert method(other) == (*expected[:2], 'sample', 'train')
+
+
 def as_sd_resnet18(folder):
     """Makes the run one of timm's own network, with another pooling."""
     model = timm.create_model('resnet18', num_classes=10, global_pool='max')
@@ -178,6 +206,49 @@ def test_timms_own_architecture_is_published_as_timms(hub, signed_in, run_folder
     model = timm.create_model('hf-hub:our/sd18', pretrained=True)
     assert (type(model).__module__, model.num_classes, model.global_pool.pool_type) == ('timm.models.resnet', 10, 'max')
     assert_loads('hf-hub:our/sd18', run_folder)
+
+
+def test_timms_own_network_is_plain_and_its_card_goes_on_with_the_method(hub, signed_in, run_folder):
+    as_sd_resnet18(run_folder)
+    to_hub(run_folder, '--repo', 'our/sd18')
+    files = head(hub.repos['models', 'our/sd18'])
+    model = timm.create_model('hf-hub:our/sd18', pretrained=True)
+    assert timm_sd.depth_gates(model) is None
+    assert not [module for module in model.modules() if isinstance(module, timm.layers.DropPath)]
+    timm_sd.add_stochastic_depth(model, **json.loads(files['config.json'])['stochastic_depth'])
+    assert method(model) == (0.5, 'linear', 'batch', 'eval')
+    (snippet,) = [text for text in snippets(files['README.md'].decode()) if 'add_stochastic_depth' in text]
+    names = {}
+    exec(snippet, names)
+    assert method(names['model']) == method(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('is_ours', [True, False])
+def test_transformers_loads_it(run_folder, is_ours):
+    import transformers
+
+    if not is_ours:
+        as_sd_resnet18(run_folder)
+    to_hub(run_folder, '--repo', 'our/sd', '--dry-run')
+    folder = str(run_folder / 'hub')
+    timms = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    x = torch.randn(2, *timms.pretrained_cfg['input_size'])
+    assert torch.equal(model(x).logits, timms(x))
+    assert model.config.id2label == {index: str(index) for index in range(10)}
+    if is_ours:
+        assert method(model) == method(timms) == (0.2, 'linear', 'batch', 'eval')
+    else:
+        assert timm_sd.depth_gates(model) is None
+    features = transformers.AutoModel.from_pretrained(folder)
+    assert torch.equal(features(x).last_hidden_state, timms.forward_features(x))
+    image = Image.new('RGB', tuple(x.shape[2:]), (200, 30, 90))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(timms))
+    expected = timms(transform(image)[None]).softmax(1)[0]
+    found = transformers.pipeline('image-classification', model=folder)(image, top_k=10)
+    assert {int(row['label']): row['score'] for row in found} == \
+        pytest.approx(dict(enumerate(expected.tolist())), abs=1e-6)
 
 
 # --- into the package
@@ -261,7 +332,8 @@ import sys, timm, torch, safetensors.torch
 model = timm.create_model('hf-hub:our/trained18', pretrained=True)
 saved = safetensors.torch.load_file({str(tmp_path / 'a' / 'model.safetensors')!r})
 assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
-print(type(model).__module__, model.num_classes, model.global_pool.pool_type, 'timm_sd' in sys.modules)
+drops = any(isinstance(module, timm.layers.DropPath) for module in model.modules())
+print(type(model).__module__, model.num_classes, model.global_pool.pool_type, drops, 'timm_sd' in sys.modules)
 """
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert loaded.stdout == 'timm.models.resnet 10 max False\n', loaded.stderr
+    assert loaded.stdout == 'timm.models.resnet 10 max False False\n', loaded.stderr
