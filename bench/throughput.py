@@ -6,6 +6,7 @@
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
     python bench/throughput.py --host --rounds 200                    # Python and autograd of a block's gate
+    python bench/throughput.py --prefix --timm-train train.py --model resnet50    # timm's train.py, with our prefix
 
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
@@ -28,6 +29,7 @@ from timing.contestants import CONSTANT, DROPS, Contestant, StepSettings, Varian
 from timing.end_to_end import EndToEndSettings
 from timing.host import host_costs
 from timing.plots import save_ratios, save_sweep
+from timing.prefix import measure_prefix
 from timing.rows import flat, measure, measure_epochs, measure_sweep
 
 
@@ -56,6 +58,7 @@ class MeasurementSettings:
     profile: bool = flag(False, 'the operators of a step, with their times and counts')
     end_to_end: bool = flag(False, 'whole epochs of train.py, on the CPU')
     host: bool = flag(False, 'what the gate of a block costs the host, in microseconds')
+    prefix: bool = flag(False, "timm's train.py with python -m timm_sd in front and without, on the CPU")
     output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
 
@@ -87,8 +90,10 @@ def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end
         registered_name(name)
         if what.sweep and not has_stages(name):
             raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
-    if what.sweep + what.profile + what.end_to_end + what.host > 1:
-        raise UserError('--sweep, --profile, --end-to-end and --host measure different things; give one of them')
+    if what.sweep + what.profile + what.end_to_end + what.host + what.prefix > 1:
+        raise UserError('--sweep, --profile, --end-to-end, --host and --prefix measure different things; give one')
+    if what.prefix and end_to_end.timm_train is None:
+        raise UserError("--prefix runs timm's train.py; say with --timm-train where it is")
     if min(contestants.drop_path) == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
     if 'constant' not in contestants.modes:
@@ -104,7 +109,7 @@ def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machi
         key: flags[key] and Path(flags[key]).name for key in ('timm_train', 'data_dir')})
     write_json(prefix.with_suffix('.json'), dict(rows=rows, args=args, hardware=machine, versions=versions()))
     write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
-    if flags['host']:
+    if flags['host'] or flags['prefix']:
         return
     (save_sweep if flags['sweep'] else save_ratios)(rows, prefix.with_suffix('.png'))
 
@@ -117,7 +122,7 @@ def main() -> None:
     contestants, steps = make_settings(ContestantSettings, flags), make_settings(StepSettings, flags)
     end_to_end, what = make_settings(EndToEndSettings, flags), make_settings(MeasurementSettings, flags)
     check(contestants, what, end_to_end)
-    accelerator = Accelerator(cpu=what.end_to_end or what.host)  # end to end, train.py runs on the CPU too
+    accelerator = Accelerator(cpu=what.end_to_end or what.host or what.prefix)  # as train.py runs there
     amp = default_amp(accelerator.device.type) if steps.amp is None else steps.amp
     rate, variants = contestants.drop_path[0], contestants.variants()
     if what.profile:
@@ -127,6 +132,9 @@ def main() -> None:
         return
     if what.host:
         rows = host_costs(steps.rounds)
+    elif what.prefix:
+        rows = [row for name in contestants.model for row in measure_prefix(
+            name, contestants.drop_path, steps.batch_size, amp, steps.rounds, end_to_end)]
     elif what.sweep:
         rows = measure_sweep(contestants.model[0], rate, contestants.drop_path_schedule, steps)
     elif what.end_to_end:
@@ -137,6 +145,10 @@ def main() -> None:
     if what.host:
         for row in rows:
             print('{name:40}{median:7.1f} us   {q1:.1f} to {q3:.1f}'.format(**row, **row['microseconds']))
+    elif what.prefix:
+        for row in rows:
+            print('{model:32}{drop_path:5}{timm_images_per_second:9.1f} images/s {images_per_second:9.1f}   '
+                  '{median:.2f} times ({q1:.2f} to {q3:.2f}), {multiplications:.0%}'.format(**row, **row['faster']))
     else:
         print_table(rows)
     if what.output:

@@ -1,9 +1,13 @@
 """Stochastic depth for timm that saves the compute of a dropped block; importing it registers the sd_* models."""
-from . import resnet_cifar_sd as _resnet_cifar_sd  # noqa: F401  (registers the models)
-from . import resnet_sd as _resnet_sd  # noqa: F401
-from .convert import add_stochastic_depth, remove_stochastic_depth
-from .gates import MODES, SCALES, SCHEDULES, DepthGates, drop_path_rates
-from .stochastic_depth import compile_blocks, depth_gates
+from .timm_version import check_timm
+
+check_timm()
+
+from . import resnet_cifar_sd as _resnet_cifar_sd  # noqa: E402, F401  (registers the models)
+from . import resnet_sd as _resnet_sd  # noqa: E402, F401
+from .convert import add_stochastic_depth, remove_stochastic_depth  # noqa: E402
+from .gates import MODES, SCALES, SCHEDULES, DepthGates, drop_path_rates  # noqa: E402
+from .stochastic_depth import compile_blocks, depth_gates  # noqa: E402
 
 __version__ = '0.1.0'
 __all__ = [

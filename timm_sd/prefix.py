@@ -67,13 +67,16 @@ class Prefix:
 
     def install(self) -> None:
         """Changes timm, for the rest of the process."""
-        factory, scheduler_factory = timm.models._factory, timm.scheduler.scheduler_factory
+        factory: Any = timm.models._factory
         factory.model_entrypoint = self._entrypoint(factory.model_entrypoint)
-        for module in (timm.utils, timm.utils.random):
+        utils: Any = timm.utils, timm.utils.random
+        for module in utils:
             module.random_seed = self._random_seed(module.random_seed)
-        for module in (timm.scheduler, scheduler_factory):
+        schedulers: Any = timm.scheduler, timm.scheduler.scheduler_factory
+        for module in schedulers:
             module.create_scheduler_v2 = self._create_scheduler(module.create_scheduler_v2)
-        for scheduler in (Scheduler, *Scheduler.__subclasses__()):  # that of plateaus has its own `step`
+        classes: Any = Scheduler, *Scheduler.__subclasses__()  # that of plateaus has its own `step`
+        for scheduler in classes:
             if 'step' in vars(scheduler):
                 scheduler.step = self._step(scheduler.step)
             if 'step_update' in vars(scheduler):
@@ -193,6 +196,6 @@ def computed_share(model: nn.Module, gates: DepthGates) -> float:
 def describe(model: nn.Module, gates: DepthGates) -> str:
     """Which blocks of a network with stochastic depth have gates, and what a training step runs, in one line."""
     names = [name for name, block in model.named_modules() if isinstance(block, SkippableBlock)]
-    return (f'{len(names)} residual blocks have gates, {names[0]} to {names[-1]}: mode {gates.mode}, scale {gates.scale}, '
-            f'{gates.schedule} to a rate of {gates.drop_path_rates[-1]:g}, seed {gates.seed}; a training step runs '
-            f'{computed_share(model, gates):.0%} of the multiplications')
+    return (f'{len(names)} residual blocks have gates, {names[0]} to {names[-1]}: mode {gates.mode}, scale '
+            f'{gates.scale}, {gates.schedule} to a rate of {gates.drop_path_rates[-1]:g}, seed {gates.seed}; '
+            f'a training step runs {computed_share(model, gates):.0%} of the multiplications')

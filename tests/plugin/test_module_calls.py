@@ -148,7 +148,8 @@ class CountingLinear(nn.Linear):
 def test_what_an_open_block_and_its_layers_assign_to_themselves_stays(scale):
     block = Counting()
     block.branch = nn.Sequential(CountingLinear(4, 4), CountingLinear(4, 4))
-    make_skippable([Residual(block, last_affine=(Affine('drop_path', block.branch[1]),))], DepthGates(1, 0.5, scale=scale))
+    last_affine = (Affine('drop_path', block.branch[1]),)
+    make_skippable([Residual(block, last_affine=last_affine)], DepthGates(1, 0.5, scale=scale))
     gates, x, opened = block.drop_path.gates, torch.randn(2, 4), 0
     for _ in range(20):
         block(x)

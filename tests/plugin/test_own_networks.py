@@ -1,5 +1,4 @@
 """Stochastic depth on networks of torchvision, transformers and one's own, against rules that are written out here."""
-import copy
 
 import pytest
 import torch
