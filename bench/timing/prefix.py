@@ -61,8 +61,9 @@ def measure_prefix(model: str, drop_paths: list[float], batch_size: int, amp: bo
                 *(PREFIX if prefixed else []), str(settings.timm_train), '--model', model, '--drop-path', str(rate),
                 '--dataset', f'hfds/{scratch}', '--input-key', 'img', '--target-key', 'label', '--num-classes', '10',
                 '--val-split', '', '--no-aug', '--channels-last', '-b', str(batch_size), '-j', '1', '--device', 'cpu',
-                *(['--amp', '--amp-dtype', 'bfloat16'] if amp else []), '--opt', 'sgd', '--lr', '0.001',
-                '--epochs', '1', '--warmup-epochs', '0', '--log-interval', '1', '--seed', str(round_), '--output', f'{scratch}/output'])
+                *(['--amp', '--amp-dtype', 'bfloat16'] if amp else []), '--opt', 'sgd', '--lr', '0.001', '--epochs',
+                '1', '--warmup-epochs', '0', '--log-interval', '1', '--seed', str(round_), '--output',
+                f'{scratch}/output'])
             seconds = [float(found[1]) for found in UPDATE.finditer(log)][WARM_UP:]
             if not seconds:
                 raise UserError(f'--images {settings.images} make no more than {WARM_UP} updates of -b {batch_size}')
