@@ -71,8 +71,8 @@ class BlockProbe:
 
     def __init__(self, block: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         self.block, self.args, self.kwargs = block, args, kwargs
-        # with negative values too, or a ReLU behind the addition would look like nothing
-        self.inputs = x, x - x.mean()
+        # The other one has negative values too, or a ReLU behind the addition would look like nothing.
+        self.inputs = x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         self.branches: dict[Call, torch.Tensor] = {}  # what the children `ends` returned in the last run
 
     def run(self, x: torch.Tensor, ends: tuple[str, ...] = (), factor: float = 1., only: Call | None = None) -> Any:
@@ -97,22 +97,27 @@ class BlockProbe:
             return features(self.block.forward(x.clone(), *self.args, **self.kwargs))
 
     def find_way(self, slots: tuple[str, ...]) -> Way | None:
-        """How the block can be closed: by its slots, or else by one or two of its other children."""
+        """How the block can be closed: by its slots, or else by another child; without slots by two of them too."""
         children = self._called(dict(self.block.named_children()))
         others = [name for name in children if name not in slots]
-        shape = self.run(self.inputs[0]).shape
-        closed: dict[tuple[str, ...], list[torch.Tensor]] = {}
-        shortcuts: dict[tuple[bool, int], list[tuple[tuple[str, ...], list[torch.Tensor]]]] = {}
-        for choices in ([slots] if slots else [], [*combinations(others, 1), *combinations(others, 2)]):
+        x, shape = self.inputs[0], self.run(self.inputs[0]).shape
+        closed: dict[tuple[str, ...], torch.Tensor] = {}
+        shortcuts: dict[int, list[tuple[tuple[str, ...], torch.Tensor]]] = {}
+        for choices in ([slots], combinations(others, 1)) if slots else (
+                [*combinations(others, 1), *combinations(others, 2)],):
+            choices = list(choices)
             for relu, size in product((False, True), (0, 1, 2)):
-                if (relu, size) not in shortcuts:
-                    shortcuts[relu, size] = list(self._shortcuts(children, size, relu, shape))
-                for ends in choices if shortcuts[relu, size] else ():
+                if size not in shortcuts:
+                    shortcuts[size] = [(path, y) for path in combinations(children, size)
+                                       if (y := self._through(path, x)) is not None and y.shape == shape]
+                for ends in choices if shortcuts[size] else ():
                     if ends not in closed:
-                        closed[ends] = [self.run(x, ends, factor=0.) for x in self.inputs]
-                    for path, ys in shortcuts[relu, size]:
-                        if all(map(_same, ys, closed[ends])) and (ends == slots or self._are_added(ends, path, relu)):
-                            return Way(ends, path, relu)
+                        closed[ends] = self.run(x, ends, factor=0.)
+                    for path, y in shortcuts[size]:
+                        way = Way(ends, path[::-1], relu)
+                        if _same(F.relu(y) if relu else y, closed[ends]) and self._closes(way) \
+                                and (ends == slots or self._adds(way)):
+                            return way
         return None
 
     def _called(self, modules: dict[Any, nn.Module]) -> list[Any]:
@@ -127,42 +132,44 @@ class BlockProbe:
             self.run(self.inputs[0])
         return list(dict.fromkeys(reversed(called)))
 
-    def _shortcuts(self, children: list[str], size: int, relu: bool,
-                   shape: torch.Size) -> Iterator[tuple[tuple[str, ...], list[torch.Tensor]]]:
-        """What may be beside a branch: `size` children in turn, and a ReLU behind them; and what the inputs become."""
-        for path in combinations(children, size):
-            ys = list(self.inputs)
-            try:
-                for name in reversed(path):
-                    ys = [getattr(self.block, name)(y.clone()) for y in ys]
-            except Exception:  # a child that wants something else
-                continue
-            if isinstance(ys[0], torch.Tensor) and ys[0].shape == shape:
-                yield path[::-1], [F.relu(y) for y in ys] if relu else ys
+    def _through(self, path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
+        """What the children `path`, the last first, make of `x`; None if they want something else."""
+        try:
+            for name in reversed(path):
+                x = getattr(self.block, name)(x.clone())
+        except Exception:
+            return None
+        return x if isinstance(x, torch.Tensor) else None
 
-    def _are_added(self, ends: tuple[str, ...], path: tuple[str, ...], relu: bool) -> bool:
-        """Whether what is added to the shortcut is proportional to what `ends` return, in each of their calls."""
+    def _closes(self, way: Way) -> bool:
+        """Whether the way holds for another input too."""
+        x = self.inputs[1]
+        y = self._through(way.shortcut_path[::-1], x)
+        return y is not None and _same(F.relu(y) if way.relu_behind else y, self.run(x, way.ends, factor=0.))
+
+    def _adds(self, way: Way) -> bool:
+        """Whether what is added to the shortcut is proportional to what the ends return, in each of their calls."""
         sums: list[torch.Tensor] = []  # what goes into an activation behind the addition
 
         def is_added(call: Call) -> bool:
             values = []
             for factor in (0., 1., 2.):
                 sums.clear()
-                output = self.run(self.inputs[0], ends, factor, call)
+                output = self.run(self.inputs[0], way.ends, factor, call)
                 values.append(sums[-1] if sums else output)
             positive = torch.stack(values).amin(0) > 0  # where a ReLU behind the addition does nothing
-            zero, one, two = (value[positive] if relu else value for value in values)
+            zero, one, two = (value[positive] if way.relu_behind else value for value in values)
             return bool((one != zero).any()) and torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-5)
 
-        self.run(self.inputs[0], ends)
+        self.run(self.inputs[0], way.ends)
         calls = list(self.branches)
         if all(map(is_added, calls)):
             return True
         with ExitStack() as hooks:
-            for name in path[-1:]:
+            for name in way.shortcut_path[-1:]:
                 hooks.callback(getattr(self.block, name).register_forward_pre_hook(
                     lambda _, args: sums.append(args[0].clone())).remove)
-            return bool(path) and all(map(is_added, calls))
+            return bool(way.shortcut_path) and all(map(is_added, calls))
 
     def find_affine(self, ends: tuple[str, ...]) -> tuple[Affine, ...] | None:
         """For each branch the parameters that scale it: half of them make half of it. None if a branch has none.

@@ -75,7 +75,7 @@ def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[tupl
         if not isinstance(value, torch.Tensor):
             return value
         if value.is_floating_point():  # what holds for zeros doesn't hold for all
-            value = torch.randn(value.shape, generator=generator)
+            value = torch.randn(value.shape, generator=generator).to(params[0].dtype)
         return value.to(params[0].device)
 
     if isinstance(example_input, dict):
@@ -118,7 +118,9 @@ class _Search:
             return None
         if self.last_block is not None and args[0] is self.last_output:
             self.before[block] = self.last_block
-        x = args[0] / args[0].abs().max().clamp(min=1.)  # a thousand untrained layers would overflow in evaluation
+        x = args[0] / args[0].abs().max()  # a thousand untrained layers overflow in evaluation, or die away
+        if not x.isfinite().all():
+            x = torch.ones_like(x)
         self.inputs[block] = x.clone()
         return x, *args[1:]
 
@@ -195,7 +197,6 @@ def residual_blocks(model: nn.Module, scale: str = 'train', example_input: Any =
         ValueError: If the model can't be tried, a block runs twice in one forward pass, or can't absorb p_l with scale
             'eval'.
     """
-    args, kwargs = example_arguments(model, example_input)
     slots = {block: names for block in model.modules() if (names := drop_path_slots(block))}
     may_be_blocks = slots or [
         block for block in model.modules() if block is not model and any(True for _ in block.children())
@@ -205,5 +206,6 @@ def residual_blocks(model: nn.Module, scale: str = 'train', example_input: Any =
         for block in may_be_blocks:
             hooks.callback(block.register_forward_pre_hook(search.keep_input).remove)
             hooks.callback(block.register_forward_hook(search.look, with_kwargs=True).remove)
+        args, kwargs = example_arguments(model, example_input)
         model(*args, **kwargs)
     return search.found()
