@@ -2,6 +2,7 @@
 
 Writes FAMILIES.md beside itself: which families work, which partly, and which not, with the reason.
 """
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -22,12 +23,12 @@ HEAD = """# Stochastic depth on timm's families
 
 Written by `python bench/families.py` with timm {version}: `timm_sd.add_stochastic_depth(model, 0.5)` on the smallest
 network of each of timm's modules that isn't one for its tests. Blocks that change more than they add to, such as a
-stage's first or one with a mixer beside its residual branch, stay open. "Evaluation" says whether its output stayed the
-same bit for bit, and "step" whether a training step with all blocks closed gave a gradient to every parameter that has
-one with all open.
+stage's first or one with a mixer beside its residual branch, stay open. "Scale eval" says whether the paper's scale
+works too, or which branch can't absorb p_l. "Evaluation" says whether the network's output stayed the same bit for bit,
+and "step" whether a training step with all blocks closed gave a gradient to every parameter that has one with all open.
 
-| family | network | works | blocks that close | evaluation | step |
-|---|---|---|---|---|---|
+| family | network | works | blocks that close | scale eval | evaluation | step |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -61,18 +62,24 @@ def try_family(module: str) -> str:
     try:
         model: Any = timm.create_model(name).eval()
         x = torch.rand(1, *model.pretrained_cfg['input_size'])
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
             before = model(x)
             closable, open_ = residual_blocks(model)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
+            scale_eval = 'yes'
+            try:
+                timm_sd.add_stochastic_depth(model, 0.5, scale='eval')
+            except ValueError as error:
+                if not closable:
+                    raise
+                scale_eval = f'no: {"".join(re.findall("the branch of .* p_l", str(error)))}'
                 timm_sd.add_stochastic_depth(model, 0.5)
             same = torch.equal(model(x), before) if isinstance(before, torch.Tensor) else True
         step = without_gradient(model, closed=True) <= without_gradient(model, closed=False)
     except Exception as error:
-        return f'| {module} | {name} | no: {one_line(error, 90)} | | | |'
+        return f'| {module} | {name} | no: {one_line(error, 120)} | | | | |'
     verdict = 'yes' if not open_ else 'partly'
-    return (f'| {module} | {name} | {verdict} | {len(closable)} of {len(closable) + len(open_)} | '
+    return (f'| {module} | {name} | {verdict} | {len(closable)} of {len(closable) + len(open_)} | {scale_eval} | '
             f'{"same" if same else "differs"} | {"yes" if step else "no"} |')
 
 

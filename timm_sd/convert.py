@@ -54,7 +54,8 @@ def add_stochastic_depth(
                          'remove_stochastic_depth(model) first')
     residuals, stay_open = residual_blocks(model, scale, example_input)
     if not residuals:
-        raise ValueError(f'{name} has no residual block that could be closed')
+        raise ValueError(f'{name} has no residual block that could be closed' + (
+            f'; its {len(stay_open)} blocks with a drop_path change more than they add to' if stay_open else ''))
     if stay_open:
         warnings.warn(f'{name}: {len(stay_open)} of {len(residuals) + len(stay_open)} residual blocks change more than '
                       'they add to, and stay open', stacklevel=2)

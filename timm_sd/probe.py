@@ -4,7 +4,7 @@ timm marks its residual blocks with `drop_path` slots, torchvision and transform
 without slots any module may be a residual block.
 """
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -198,12 +198,20 @@ def residual_blocks(model: nn.Module, scale: str = 'train', example_input: Any =
             'eval'.
     """
     slots = {block: names for block in model.modules() if (names := drop_path_slots(block))}
-    may_be_blocks = slots or [
-        block for block in model.modules() if block is not model and any(True for _ in block.children())
-        and not isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict)]
+    found = _search(model, slots, slots, scale, example_input)
+    if not found.closable and not found.stay_open:
+        others = [block for block in model.modules() if block is not model and any(True for _ in block.children())
+                  and not isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict)]
+        found = _search(model, others, {}, scale, example_input)
+    return found
+
+
+def _search(model: nn.Module, blocks: Iterable[nn.Module], slots: dict[nn.Module, tuple[str, ...]], scale: str,
+            example_input: Any) -> Found:
+    """What is found among `blocks`, by their `slots` if they have any."""
     search = _Search(model, slots, scale)
     with _ready(model, slots), ExitStack() as hooks:
-        for block in may_be_blocks:
+        for block in blocks:
             hooks.callback(block.register_forward_pre_hook(search.keep_input).remove)
             hooks.callback(block.register_forward_hook(search.look, with_kwargs=True).remove)
         args, kwargs = example_arguments(model, example_input)
