@@ -51,6 +51,8 @@ def _ready(model: nn.Module, slots: dict[nn.Module, tuple[str, ...]]) -> Iterato
             yield
     finally:
         for block, name, value in before:
+            if value is None:
+                del block._modules[name]
             setattr(block, name, value)
         for module, mode in training.items():
             module.training = mode

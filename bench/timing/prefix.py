@@ -23,7 +23,7 @@ UPDATE = re.compile(r'Train: .* Time: ([\d.]+)s,')
 SHARE = re.compile(r'a training step runs (\d+)% of the multiplications')
 
 
-def run_script(command: list[str]) -> str:
+def run_training(command: list[str]) -> str:
     """What a training prints.
 
     Raises:
@@ -31,7 +31,7 @@ def run_script(command: list[str]) -> str:
     """
     result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
-        raise UserError(f'{" ".join(command[:6])} ... failed: {result.stdout[-1500:]}')
+        raise UserError(f'{" ".join(command[:6])} failed: {result.stdout[-1500:]}')
     return result.stdout
 
 
@@ -57,7 +57,7 @@ def measure_prefix(model: str, drop_paths: list[float], batch_size: int, amp: bo
         write_subset(Path(scratch), settings)
         turns = [(rate, prefixed) for rate in drop_paths for prefixed in (True, False)]
         for round_, (rate, prefixed) in tqdm(list(product(range(rounds), turns)), desc=model):
-            log = run_script([
+            log = run_training([
                 *(PREFIX if prefixed else []), str(settings.timm_train), '--model', model, '--drop-path', str(rate),
                 '--dataset', f'hfds/{scratch}', '--input-key', 'img', '--target-key', 'label', '--num-classes', '10',
                 '--val-split', '', '--no-aug', '--channels-last', '-b', str(batch_size), '-j', '1', '--device', 'cpu',

@@ -9,11 +9,13 @@ import pytest
 import timing.contestants
 import timing.rows
 import timm_sd
+from harness.errors import UserError
 from harness.recipes import parse_train_flags
 from support.commands import bench, refused, run_here
 from support.networks import blocks_of
 from timing.contestants import CONSTANT, Contestant, StepSettings, Timings, Variant, build, time_in_turns
 from timing.end_to_end import EndToEndSettings, Training, commands, write_subset
+from timing.prefix import run_training
 from timing.rows import measure, saving, spread
 
 SHORT = ['--model', 'sd_resnet20_cifar', '-b', '2', '--steps', '2', '--rounds', '2']
@@ -99,6 +101,8 @@ def test_profile_names_the_operators():
     (['--sweep', '--model', 'resnet18'], ['resnet18', 'sd_resnet*_cifar']),
     (['--drop-path', '0'], ['--drop-path 0']),
     (['--end-to-end', '--timm-train', 'nowhere.py'], ['nowhere.py']),
+    (['--prefix'], ['--timm-train']),
+    (['--prefix', '--host'], ['--prefix measure different things']),
 ])
 def test_mistakes_are_one_line(args, words):
     said = refused('throughput.py', *args)
@@ -259,3 +263,46 @@ def test_end_to_end_times_every_way_of_training():
     table = throughput('--end-to-end', '--model', 'sd_resnet20_cifar', '--images', 320, '-b', 64, '--repeats', 1)
     assert [line[20:52].strip() for line in table.splitlines()[1:]] == [
         'train.py', 'train.py, 2 runs at once', 'train.py, 2 processes']
+
+
+# --- timm's train.py, with the prefix and without
+
+LOGS = """
+import argparse, sys, timm
+parser = argparse.ArgumentParser()
+parser.add_argument('--model')
+parser.add_argument('--drop-path', type=float)
+args, _ = parser.parse_known_args()
+model = timm.create_model(args.model, drop_path_rate=args.drop_path)
+seconds = {'Skippable': 0.2, 'Residual': 0.4}[('Skippable' if 'Skippable' in str(model) else 'Residual')]
+for update, value in enumerate([9., 9., seconds, 2 * seconds]):
+    print(f'Train: 0 [{update}/4 ( 1%)]  Loss: 1.0 (1.0)  Time: {value:.3f}s,  10.0/s  (3.000s, 3.0/s)  LR: 1')
+"""
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """A script that logs as timm's, on blocks that are skipped twice as fast an update."""
+    script = tmp_path / 'train.py'
+    script.write_text(LOGS)
+    return script
+
+
+@pytest.mark.slow
+def test_images_a_second_are_those_of_the_log(logs, tmp_path):
+    table = throughput('--prefix', '--timm-train', logs, '--model', 'test_resnet', '--drop-path', 0.2, 0.5,
+                       '--rounds', 2, '-b', 12, '--images', 10, '--output', tmp_path / 'out')
+    written = json.loads((tmp_path / 'out.json').read_text())
+    assert [(row['drop_path'], row['timm_images_per_second'], row['images_per_second'], row['faster']['median'])
+            for row in written['rows']] == [(rate, 20., 40., 2.) for rate in (0.2, 0.5)]
+    assert [row['multiplications'] for row in written['rows']] == [0.95, 0.89]
+    assert written['args']['timm_train'] == 'train.py'
+    assert table.splitlines()[0].split() == ['test_resnet', '0.2', '20.0', 'images/s', '40.0', '2.00', 'times', '(2.00',
+                                             'to', '2.00),', '95%']
+
+
+def test_a_script_that_fails_is_one_line(tmp_path):
+    script = tmp_path / 'train.py'
+    script.write_text('raise SystemExit("no data")')
+    with pytest.raises(UserError, match='train.py failed: no data'):
+        run_training([str(script)])

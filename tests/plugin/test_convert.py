@@ -41,6 +41,32 @@ def test_evaluation_keys_and_classes_stay(name):
         removed.train()(x)
 
 
+ABSORB = [name for name in KINDS if name not in ('nf_regnet_b0', 'seresnet18')]  # these end in attention
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('scale', ['train', 'eval'])
+@each_kind
+def test_weights_and_evaluation_stay_to_the_bit_in_any_precision(name, scale, dtype):
+    plain = network(name).to(dtype).eval()
+    model = copy.deepcopy(plain)
+    if scale == 'eval' and name not in ABSORB:
+        with pytest.raises(ValueError, match='absorb p_l'):
+            timm_sd.add_stochastic_depth(model, 0.5, scale=scale)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            timm_sd.add_stochastic_depth(model, 0.5, scale=scale)
+        assert len(timm_sd.depth_gates(model).open) == KINDS[name].closable
+    state = plain.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(value.dtype == state[key].dtype and torch.equal(value, state[key])
+               for key, value in model.state_dict().items())
+    with torch.no_grad():
+        x = images(plain, 1).to(dtype)
+        assert torch.equal(model(x), plain(x))
+
+
 @pytest.mark.parametrize('mode', timm_sd.MODES)
 def test_a_model_in_evaluation_mode_stays_in_it(mode):
     model = network('test_vit').eval()
@@ -180,7 +206,7 @@ class Twice(nn.Module):
     (network, dict(drop_path_rate=0.5, mode='subset', scale='eval'), 'eval'),
     (added, dict(drop_path_rate=0.5), 'already'),
     (Twice, dict(drop_path_rate=0.5), 'layer1.0 runs twice'),
-    (lambda: timm.create_model('ghostnet_050', num_classes=10), dict(drop_path_rate=0.5), 'no residual block'),
+    (lambda: timm.create_model('vgg11', num_classes=10), dict(drop_path_rate=0.5), 'no residual block'),
     (lambda: network('nf_regnet_b0'), dict(drop_path_rate=0.5, scale='eval'), 'nothing that can absorb'),
 ])
 def test_mistakes_are_named_and_change_nothing(make, kwargs, words):
