@@ -142,10 +142,9 @@ class _Search:
     def _try(self, block: nn.Module, slots: tuple[str, ...], args: tuple, kwargs: dict[str, Any],
              output: Any) -> Residual | None:
         x = self.inputs.pop(block, None)
+        passes_on = _passed_on(output, args[1:])
         # several tensors, as CrossViT's blocks take and return, or a block around another one, as SwiftFormer's
-        if x is None or not isinstance(features(output), torch.Tensor) \
-                or isinstance(output, tuple) and any(value is not None for value in output[1:]) \
-                or any(inner in self.closable for inner in block.modules()):
+        if x is None or passes_on is None or any(inner in self.closable for inner in block.modules()):
             return None
         self.trying = True
         probe = BlockProbe(block, x, args[1:], kwargs)
@@ -163,7 +162,7 @@ class _Search:
         return Residual(
             block, slots=slots if way.ends == slots else (), branch_ends=way.ends if way.ends != slots else (),
             shortcut_path=way.shortcut_path, relu_behind=way.relu_behind, last_affine=last_affine, chained=False,
-            nonnegative=bool((x >= 0).all()), output_length=len(output) if isinstance(output, tuple) else 0)
+            nonnegative=bool((x >= 0).all()), returns_tuple=isinstance(output, tuple), passes_on=passes_on)
 
     def found(self) -> Found:
         """What was found, but for sums of layers beside each other, as in Inceptions: no residual blocks."""
@@ -176,6 +175,21 @@ class _Search:
                    if block in closable and before in closable and parents[block] == parents[before]}
         return Found([residual._replace(chained=block in chained) for block, residual in closable.items()],
                      self.stay_open + [block for block in self.closable if block not in closable and self.slots])
+
+
+def _passed_on(output: Any, args: tuple) -> tuple[int, ...] | None:
+    """`SkippableBlock.passes_on` of a block's output; None if that holds more than a closed block could return."""
+    def place(value: Any) -> int | None:
+        if value is None:
+            return -1
+        sizes = isinstance(value, list | tuple)  # of feature maps, in MViT
+        return next((index for index, arg in enumerate(args)
+                     if sizes and isinstance(arg, list | tuple) and list(arg) == list(value)), None)
+
+    if not isinstance(features(output), torch.Tensor):
+        return None
+    places = [place(value) for value in output[1:]] if isinstance(output, tuple) else []
+    return None if None in places else tuple(places)  # type: ignore[arg-type]
 
 
 def _projects(residual: Residual) -> bool:

@@ -122,7 +122,8 @@ class SkippableBlock(nn.Module):
         last_affine: With scale 'eval', where the parameters that scale each branch are: the slot or module that ends
             it, the names of the modules on the way to them, and their own.
         chained: Whether its output goes to nothing but the next block that can be skipped.
-        output_length: Of the tuple that it returns, its features first and None behind them; 0 if it returns these.
+        returns_tuple: Whether its features come first in a tuple.
+        passes_on: What is behind them there: the places of arguments behind the input, from 0, or -1 for None.
         compiled_forward: The forward of its class, compiled, or None.
     """
     plain_class: type[nn.Module]
@@ -133,7 +134,8 @@ class SkippableBlock(nn.Module):
     nonnegative: bool
     last_affine: list[tuple[str, list[str], list[str]]]
     chained: bool
-    output_length: int
+    returns_tuple: bool
+    passes_on: list[int]
     compiled_forward: Any
 
     def compile(self, **options: Any) -> None:
@@ -229,7 +231,7 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
         shortcut = block.run_shortcut(x)
         scaled = _scaled(block, slots, len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.)
         y = features(_run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
-        return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)))
+        return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)), args)
     if draw.open[slot.index]:
         return _run(_scaled(block, slots, 1. / survival_prob if slot.scale_by_keep else 1.), x, *args, **kwargs)
     if not all_slots:  # the branch of the other module runs
@@ -237,12 +239,12 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     y = closed_block(block.run_shortcut(x), (*_parameters(block, skip=block.shortcut_path), *tensors))
     # `y` may share its memory with `x`. The next block writes into neither; other code and hooks may.
-    return _output(block, y if block.chained and not block._forward_hooks else y.clone())
+    return _output(block, y if block.chained and not block._forward_hooks else y.clone(), args)
 
 
-def _output(block: Any, y: torch.Tensor) -> Any:
+def _output(block: Any, y: torch.Tensor, args: tuple) -> Any:
     """The features `y` as the block's class would return them."""
-    return (y, *[None] * (block.output_length - 1)) if block.output_length else y
+    return (y, *(None if place < 0 else args[place] for place in block.passes_on)) if block.returns_tuple else y
 
 
 @torch.compiler.disable

@@ -39,7 +39,8 @@ class Residual(NamedTuple):
         last_affine: For scale 'eval': what scales each branch; none if something that isn't linear ends one.
         chained: See `SkippableBlock`.
         nonnegative: See `SkippableBlock`.
-        output_length: See `SkippableBlock`.
+        returns_tuple: See `SkippableBlock`.
+        passes_on: See `SkippableBlock`.
     """
     block: nn.Module
     slots: tuple[str, ...] = ('drop_path',)
@@ -49,7 +50,8 @@ class Residual(NamedTuple):
     last_affine: tuple[Affine, ...] = ()
     chained: bool = True
     nonnegative: bool = False
-    output_length: int = 0
+    returns_tuple: bool = False
+    passes_on: tuple[int, ...] = ()
 
 
 def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize: bool = False) -> None:
@@ -96,7 +98,8 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
         skippable.drop_path_slots = slots
         skippable.branch_ends, skippable.shortcut_path = list(residual.branch_ends), list(residual.shortcut_path)
         skippable.last_affine = [(end, paths[layer], list(names)) for end, layer, names in residual.last_affine]
-        for name in ('relu_behind', 'chained', 'nonnegative', 'output_length'):
+        skippable.passes_on = list(residual.passes_on)
+        for name in ('relu_behind', 'chained', 'nonnegative', 'returns_tuple'):
             setattr(skippable, name, getattr(residual, name))
         skippable.compiled_forward = None
         skippable.__class__ = skippable_class(plain_class)

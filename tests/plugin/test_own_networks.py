@@ -75,6 +75,30 @@ class OwnPreActivation(nn.Module):
         return self.blocks(self.stem(x)).mean((2, 3))
 
 
+class OwnSizes(nn.Module):
+    """Blocks that take and return the size of the feature map too, as MViT's, and those of transformers None."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x, scale, size):
+            y = self.conv(F.relu(self.norm(x))).flatten(2).unflatten(2, size)
+            return x + y, None, list(size)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x):
+        x, size = self.stem(x), x.shape[2:]
+        for block in self.blocks:
+            x, nothing, size = block(x, 1., size)
+            assert nothing is None
+        return x.mean((2, 3))
+
+
 # --- the rule, as a forward of each class of block, whose branches are multiplied by self.gate
 
 def own_resnet_rule(self, x):
@@ -85,6 +109,10 @@ def own_resnet_rule(self, x):
 def own_pre_activation_rule(self, x):
     x = F.relu(x)
     return x + self.gate * self.conv(F.relu(self.norm(x)))
+
+
+def own_sizes_rule(self, x, scale, size):
+    return x + self.gate * self.conv(F.relu(self.norm(x))), None, list(size)
 
 
 def timm_vit_rule(self, x):
@@ -140,6 +168,7 @@ NETWORKS = {
     'own resnet': (OwnResNet, 16, OwnResNet.Block, own_resnet_rule, 3),
     'own transformer': (OwnTransformer, 32, Block, timm_vit_rule, 3),
     'own pre-activation': (OwnPreActivation, 16, OwnPreActivation.Block, own_pre_activation_rule, 3),
+    'own sizes': (OwnSizes, 16, OwnSizes.Block, own_sizes_rule, 3),
     'torchvision resnet18': (resnet.resnet18, 64, resnet.BasicBlock, torchvision_resnet_rule, 8),
     'torchvision vit': (lambda: vision_transformer.VisionTransformer(32, 8, 3, 3, 24, 48),
                         32, vision_transformer.EncoderBlock, torchvision_vit_rule, 3),
@@ -265,9 +294,10 @@ def test_mode_subset_runs_the_branch_on_half_of_the_samples(name):
     (given, output), = seen
     output = output[0] if isinstance(output, tuple) else output
     block = blocks(name, reference)[0]
-    open_ = block(given, (16, 16)) if 'transformers swin' in name else block(given)
+    more = {'transformers swin': [(16, 16)], 'own sizes': [1., (16, 16)]}.get(name, [])
+    open_ = block(given, *more)
     block.gate = 0.
-    closed = block(given, (16, 16)) if 'transformers swin' in name else block(given)
+    closed = block(given, *more)
     open_, closed = (y[0] if isinstance(y, tuple) else y for y in (open_, closed))
     found = [min((name, (output[i] - y[i]).abs().max().item()) for name, y in (('open', open_), ('closed', closed))
                  if torch.allclose(output[i], y[i], rtol=1e-3, atol=1e-4))[0] for i in range(4)]
