@@ -5,7 +5,8 @@ closed if, without its branches, it returns what some of its children, or none, 
 """
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import combinations, product
+from functools import cache
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -105,28 +106,42 @@ class BlockProbe:
         children = self._called(dict(self.block.named_children()))
         if not slots and len(children) > MOST_CHILDREN:
             return None
-        others = [name for name in children if name not in slots]
-        x, shape = self.inputs[0], self.run(self.inputs[0]).shape
-        closed: dict[tuple[str, ...], torch.Tensor] = {}
-        shortcuts: list[dict[tuple[str, ...], torch.Tensor]] = [{(): x}]  # what paths of 0, 1, 2 children make of `x`
-        singles, pairs = list(combinations(others, 1)), list(combinations(others, 2))
-        for choices in ([slots], singles) if slots else ([*singles, *pairs],):
-            for relu, size in product((False, True), (0, 1, 2)):
-                if size == len(shortcuts):
-                    shortcuts.append({
-                        (*path, name): y for path, z in shortcuts[-1].items()
-                        for name in (children[:children.index(path[-1])] if path else children)  # those called later
-                        if not path or slots or self._is_activation(name)
-                        if (y := self._through((name,), z)) is not None})
-                for (path, y), ends in product(shortcuts[size].items(), choices):
-                    if y.shape == shape:
-                        if ends not in closed:
-                            closed[ends] = self.run(x, ends, factor=0.)
-                        way = Way(ends, path, relu)
-                        if _same(F.relu(y) if relu else y, closed[ends]) and self._closes(way) \
-                                and (ends == slots or self._adds(way)):
-                            return way
+        singles = list(combinations([name for name in children if name not in slots], 1))
+        pairs = [first + second for first, second in combinations(singles, 2)]
+        x = self.inputs[0]
+        shape = self.run(x).shape
+
+        @cache
+        def closed(ends: tuple[str, ...]) -> torch.Tensor:
+            return self.run(x, ends, factor=0.)
+
+        for choices in ([slots], singles) if slots else (singles + pairs,):
+            for path, relu, y in self._shortcuts(children, bool(slots)):
+                for ends in choices if y.shape == shape else ():
+                    way = Way(ends, path, relu)
+                    if _same(y, closed(ends)) and self._closes(way) and (ends == slots or self._adds(way)):
+                        return way
         return None
+
+    def _shortcuts(self, children: list[str], any_pair: bool) -> Iterator[tuple[tuple[str, ...], bool, torch.Tensor]]:
+        """What may be beside a branch, the simplest first: the identity, a child, two, and a ReLU behind them.
+
+        Args:
+            children: Names, the last to return first.
+            any_pair: Whether the second of two may have parameters, or must be an activation.
+
+        Yields:
+            Names of children, whether there is a ReLU behind them, and what both make of the input.
+        """
+        found: list[tuple[tuple[str, ...], torch.Tensor]] = [((), self.inputs[0])]
+        for path, x in found:  # which grows meanwhile
+            yield path, False, x
+            for name in (children, children[:children.index(path[0])] if path else [], [])[len(path)]:
+                may_be = not path or any_pair or not any(True for _ in getattr(self.block, name).parameters())
+                if may_be and (y := self._through((name,), x)) is not None:
+                    found.append(((*path, name), y))
+        for path, x in found:
+            yield path, True, F.relu(x)
 
     def _called(self, modules: dict[Any, nn.Module]) -> list[Any]:
         """The keys of those of `modules` that return features in a run, the last to return first."""
@@ -139,9 +154,6 @@ class BlockProbe:
                 hooks.callback(module.register_forward_hook(note).remove)
             self.run(self.inputs[0])
         return list(dict.fromkeys(reversed(called)))
-
-    def _is_activation(self, name: str) -> bool:
-        return not any(True for _ in getattr(self.block, name).parameters())
 
     def _through(self, path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
         """What the children `path` make of `x`; None if they want something else."""
