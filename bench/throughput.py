@@ -134,7 +134,8 @@ def main() -> None:
         rows = host_costs(steps.rounds)
     elif what.prefix:
         rows = [row for name in contestants.model for row in measure_prefix(
-            name, contestants.drop_path, steps.batch_size, amp, steps.rounds, end_to_end)]
+            name, contestants.drop_path, contestants.drop_path_schedule, contestants.drop_path_scale, steps.batch_size,
+            amp, steps.rounds, end_to_end)]
     elif what.sweep:
         rows = measure_sweep(contestants.model[0], rate, contestants.drop_path_schedule, steps)
     elif what.end_to_end:

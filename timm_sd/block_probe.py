@@ -3,7 +3,7 @@
 A branch ends in a `drop_path` slot, or in a child of the block whose output is added to the shortcut. The block can be
 closed if, without its branches, it returns what some of its children, or none, make of its input.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import combinations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .skippable import features
+from .scaled_block import features
 from .stochastic_depth import Affine
 
 MOST_CHILDREN = 12  # of a block without slots: with more of them there is too much to try
@@ -22,7 +22,7 @@ Call = tuple[str, int]  # a child of the block, and the number of its call, from
 
 
 @contextmanager
-def changed(tensors: list[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def changed(tensors: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Within it the tensors have other values, or another type; afterwards the very memory that they had."""
     before = [(tensor, tensor.data) for tensor in tensors]
     try:
@@ -34,15 +34,33 @@ def changed(tensors: list[torch.Tensor], change: Callable[[torch.Tensor], torch.
             tensor.data = value
 
 
-def other_weights(module: nn.Module) -> Any:
-    """Within it the parameters have other values: what holds doesn't hold by initialisation alone."""
+@contextmanager
+def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """Within it all modules are in training mode, or in evaluation; `train` of a module may do more than that."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = mode
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+def other_values(module: nn.Module) -> Any:
+    """Within it parameters and buffers aren't those of the start, by which a branch or a shift may be zero."""
     generator = torch.Generator().manual_seed(0)
 
     def other(value: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
         return value * (0.5 + noise) + 0.1 * noise
 
-    return changed([param for param in module.parameters() if param.is_floating_point()], other)
+    tensors = [*module.parameters(), *module.buffers()]
+    return changed([tensor for tensor in tensors if tensor.is_floating_point()], other)
+
+
+def _noise(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -76,8 +94,8 @@ class BlockProbe:
 
     def __init__(self, block: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
         self.block, self.args, self.kwargs = block, args, kwargs
-        # The other one has negative values too, or a ReLU behind the addition would look like nothing.
-        self.inputs = x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        # The other one has negative and large values too: a ReLU or a clamp behind the addition does something.
+        self.inputs = x, 30. * _noise(x)
         self.branches: dict[Call, torch.Tensor] = {}  # what the children `ends` returned in the last run
 
     def run(self, x: torch.Tensor, ends: tuple[str, ...] = (), factor: float = 1., only: Call | None = None) -> Any:
@@ -100,6 +118,20 @@ class BlockProbe:
             for child in children:
                 hooks.callback(child.register_forward_hook(scale).remove)
             return features(self.block.forward(x.clone(), *self.args, **self.kwargs))
+
+    @contextmanager
+    def _other_arguments(self) -> Iterator[None]:
+        """Within it the other arguments aren't those of the start: a position encoding may be zero there."""
+        args, kwargs = self.args, self.kwargs
+
+        def other(value: Any) -> Any:
+            return _noise(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        self.args, self.kwargs = tuple(map(other, args)), {name: other(value) for name, value in kwargs.items()}
+        try:
+            yield
+        finally:
+            self.args, self.kwargs = args, kwargs
 
     def find_way(self, slots: tuple[str, ...]) -> Way | None:
         """How the block can be closed: by its slots, or else by another child; without slots by two of them too."""
@@ -133,13 +165,19 @@ class BlockProbe:
         Yields:
             Names of children, whether there is a ReLU behind them, and what both make of the input.
         """
+        def has_parameters(name: str) -> bool:
+            return any(True for _ in getattr(self.block, name).parameters())
+
         found: list[tuple[tuple[str, ...], torch.Tensor]] = [((), self.inputs[0])]
         for path, x in found:  # which grows meanwhile
             yield path, False, x
-            for name in (children, children[:children.index(path[0])] if path else [], [])[len(path)]:
-                may_be = not path or any_pair or not any(True for _ in getattr(self.block, name).parameters())
-                if may_be and (y := self._through((name,), x)) is not None:
-                    found.append(((*path, name), y))
+            if not path:
+                names = sorted(children, key=has_parameters)
+            elif len(path) == 1:  # children that are called later
+                names = [name for name in children[:children.index(path[0])] if any_pair or not has_parameters(name)]
+            else:
+                continue
+            found += [((*path, name), y) for name in names if (y := self._through((name,), x)) is not None]
         for path, x in found:
             yield path, True, F.relu(x)
 
@@ -165,10 +203,22 @@ class BlockProbe:
         return x if isinstance(x, torch.Tensor) else None
 
     def _closes(self, way: Way) -> bool:
-        """Whether the way holds for another input too."""
-        x = self.inputs[1]
-        y = self._through(way.shortcut_path, x)
-        return y is not None and _same(F.relu(y) if way.relu_behind else y, self.run(x, way.ends, factor=0.))
+        """Whether the way holds for other inputs too, and in training: there may be dropout beside the branch."""
+        def holds() -> bool:
+            y = self._through(way.shortcut_path, self.inputs[1])
+            if y is None:
+                return False
+            return _same(F.relu(y) if way.relu_behind else y, self.run(self.inputs[1], way.ends, factor=0.))
+
+        with self._other_arguments():
+            if not holds():
+                return False
+            with training_mode(self.block, True), changed(list(self.block.buffers()), torch.Tensor.clone), \
+                    torch.random.fork_rng():
+                try:
+                    return holds()
+                except ValueError:  # batch norm wants more than the one value of a small picture
+                    return True
 
     def _adds(self, way: Way) -> bool:
         """Whether what is added to the shortcut is proportional to what the ends return, in each of their calls."""
@@ -184,7 +234,11 @@ class BlockProbe:
             zero, one, two = (value[positive] if way.relu_behind else value for value in values)
             return bool((one != zero).any()) and torch.allclose(two - zero, 2 * (one - zero), rtol=1e-3, atol=1e-5)
 
+        self.run(self.inputs[1], way.ends)
+        others = self.branches
         self.run(self.inputs[0], way.ends)
+        if all(torch.equal(branch, others[call]) for call, branch in self.branches.items() if call in others):
+            return False  # nothing of the input is in it, as in a position encoding
         calls = list(self.branches)
         if all(map(is_added, calls)):
             return True
@@ -203,8 +257,11 @@ class BlockProbe:
         called = self._called(modules)
         silent = [module for module in modules if module not in called]  # such as MultiheadAttention's last layer
         candidates = [(self.block, (name,)) for name, _ in self.block.named_parameters(recurse=False)]
-        candidates += [(module, names) for module in (*called, *silent)
-                       if (names := tuple(name for name, _ in module.named_parameters(recurse=False)))]
+        for module in (*called, *silent):
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            # All but one first: a weight that is standardised before it is used scales nothing.
+            candidates += [(module, part) for size in (len(names) - 1, len(names)) if size > 0
+                           for part in combinations(names, size)]
         self.run(self.inputs[0], ends)
         before = self.branches
 
@@ -213,14 +270,6 @@ class BlockProbe:
                 self.run(self.inputs[0], ends)
             return torch.allclose(self.branches[call], before[call] / 2, rtol=1e-3, atol=1e-6)
 
-        found = []
-        for call in before:
-            layer, names = next((choice for choice in candidates if halves(call, *choice)), (None, ()))
-            if layer is None:
-                return None
-            for name in names:  # a weight that is standardised before it is used scales nothing
-                others = tuple(other for other in names if other != name)
-                if others and halves(call, layer, others):
-                    names = others
-            found.append(Affine(call[0], layer, names))
-        return tuple(found)
+        found = [next((Affine(call[0], *choice) for choice in candidates if halves(call, *choice)), None)
+                 for call in before]
+        return None if None in found else tuple(found)  # type: ignore[arg-type]

@@ -1,13 +1,14 @@
 """What `python -m timm_sd` changes in timm before a script runs: the networks that it creates, their seed and epoch.
 
-A script is met where it meets timm: `create_model`, by whatever name it has it, asks for the entry point of a network;
-`random_seed` is told the seed, and timm's scheduler the epoch.
+Scripts import `create_model` by several names. All of them look up a network's entry point in timm.models._factory, so
+that lookup is replaced. `timm.utils.random_seed` is told the seed, and timm's scheduler the epoch.
 """
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import timm
 import timm.models._factory
@@ -18,8 +19,10 @@ import torch
 from timm.layers import is_scriptable
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .block_probe import training_mode
 from .convert import add_stochastic_depth
 from .gates import DepthGates
 from .probe import example_arguments
@@ -27,7 +30,7 @@ from .skippable import SkippableBlock
 from .stochastic_depth import depth_gates
 
 
-class DropPath(NamedTuple):
+class DropPathFlags(NamedTuple):
     """The prefix's flags; None leaves a thing as timm, or a network of this package, has it.
 
     Attributes:
@@ -46,7 +49,7 @@ def say(line: str) -> None:
         print(f'timm_sd: {line}', file=sys.stderr, flush=True)
 
 
-def stop(line: str) -> None:
+def stop(line: str) -> NoReturn:
     """A line to stderr, and exit status 2."""
     print(f'timm_sd: error: {line}', file=sys.stderr, flush=True)
     sys.exit(2)
@@ -56,11 +59,11 @@ class Prefix:
     """Lets the networks of a script skip what they drop.
 
     Args:
-        drop_path: The flags.
+        flags: Of the command line.
     """
 
-    def __init__(self, drop_path: DropPath) -> None:
-        self.drop_path = drop_path
+    def __init__(self, flags: DropPathFlags) -> None:
+        self.flags = {name: value for name, value in flags._asdict().items() if value is not None}
         self.seed = 0
         self.updates_per_epoch = 0
         self.gates: list[DepthGates] = []
@@ -91,42 +94,48 @@ class Prefix:
         return wrapped
 
     def _create(self, name: str, create: Any, drop_path_rate: float | None = None, **kwargs: Any) -> nn.Module:
-        given = {f'drop_path_{key}': value for key, value in self.drop_path._asdict().items() if value is not None}
         rate = {} if drop_path_rate is None else dict(drop_path_rate=drop_path_rate)
-        if given and is_scriptable() and drop_path_rate:
+        if self.flags and drop_path_rate and is_scriptable():
             stop(f'{name}: TorchScript would train the plain network; leave out --torchscript')
         if create.__module__.startswith('timm_sd.'):
-            model = create(**{'drop_path_seed': self.seed, **given, **rate, **kwargs})
-        elif given and drop_path_rate:
-            model = create(**kwargs)
-            try:
-                add_stochastic_depth(model, drop_path_rate, **self.drop_path._replace(
-                    mode=self.drop_path.mode or 'batch', schedule=self.drop_path.schedule or 'linear',
-                    scale=self.drop_path.scale or 'train')._asdict(), seed=self.seed)
-            except ValueError as error:
-                stop(f'{name}: {error}')
+            flags = {f'drop_path_{flag}': value for flag, value in self.flags.items()}
+            model = create(**{'drop_path_seed': self.seed, **rate, **kwargs, **flags})
+        elif self.flags and drop_path_rate:
+            model = self._add(name, create(**kwargs), drop_path_rate)
         else:
-            if given:
+            if self.flags:
                 say(f'{name} is created without a drop path rate, and left as it is')
             elif drop_path_rate:
                 say(f"{name} gets timm's DropPath, which computes what it drops; python -m timm_sd --drop-path-mode "
                     'batch SCRIPT skips it')
             return create(**rate, **kwargs)
         gates: Any = depth_gates(model)
-        self._check_seed()
+        self._check_seed(gates.seed)
         self.gates.append(gates)
         if gates.active and gates.mode != 'sample':
             say(f'{name}: {describe(model, gates)}')
         return model
 
-    def _check_seed(self) -> None:
+    def _add(self, name: str, model: nn.Module, drop_path_rate: float) -> nn.Module:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter('always')
+                add_stochastic_depth(model, drop_path_rate, seed=self.seed, **self.flags)
+        except (ValueError, TypeError) as error:
+            stop(f'{name}: {error}')
+        for warning in caught:
+            if issubclass(warning.category, UserWarning):
+                say(f'{name}: {warning.message}')
+        return model
+
+    def _check_seed(self, seed: int) -> None:
         """Stops if another process gives its network another seed: gates must be the same on all."""
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             store = distributed.distributed_c10d._get_default_store()
-            first = store.compare_set(f'timm_sd/seed/{len(self.gates)}', '', str(self.seed)).decode()
-            if first != str(self.seed):
-                stop(f'seed {self.seed} in one process and {first} in another, but gates are the same in all; call '
+            first = store.compare_set(f'timm_sd/seed/{len(self.gates)}', '', str(seed)).decode()
+            if first != str(seed):
+                stop(f'seed {seed} in one process and {first} in another, but gates are the same in all; call '
                      'timm.utils.random_seed(seed, rank)')
 
     # --- seed and epoch
@@ -140,7 +149,7 @@ class Prefix:
 
     def _set_epoch(self, epoch: int) -> None:
         for gates in self.gates:
-            # A loop that tells the epoch that has ended, as DeiT's, would get its gates again.
+            # DeiT's loop tells the epoch that has just ended: to begin it again would repeat its gates.
             if gates.epoch != epoch or not gates.step:
                 gates.set_epoch(epoch)
 
@@ -168,7 +177,6 @@ class Prefix:
         return wrapped
 
 
-@torch.no_grad()
 def computed_share(model: nn.Module, gates: DepthGates) -> float:
     """The share of a network's multiplications that a training step is expected to run.
 
@@ -177,12 +185,11 @@ def computed_share(model: nn.Module, gates: DepthGates) -> float:
         gates: Its gates.
     """
     args, kwargs = example_arguments(model)
-    training = {module: module.training for module in model.modules()}
     names = {module: f'{type(model).__name__}.{name}' for name, module in model.named_modules()}
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(*args, **kwargs)
-    for module, mode in training.items():
-        module.training = mode
+    # With gradients, for the counter asks tensors for theirs; attention written out, for it knows no kernel of a CPU's.
+    with training_mode(model, False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
     flops = {name: sum(counts.values()) for name, counts in counter.flop_counts.items()}
     saved = 0.
     for block in model.modules():

@@ -1,7 +1,7 @@
 """Finds the residual blocks of a network, by running it once; block_probe.py tries each.
 
 timm marks its residual blocks with `drop_path` slots, torchvision and transformers mark some of theirs. In a network
-without slots any module may be a residual block.
+without slots any module may be a residual block; in one with slots no other is.
 """
 import re
 from collections.abc import Iterable, Iterator
@@ -12,9 +12,12 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from .block_probe import BlockProbe, changed, other_weights
-from .skippable import features
+from .block_probe import BlockProbe, changed, other_values, training_mode
+from .scaled_block import features
+from .skippable import OWN_SLOT, SkippableBlock
 from .stochastic_depth import Residual
+
+HALF = torch.bfloat16, torch.float16
 
 
 def drop_path_slots(block: nn.Module) -> tuple[str, ...]:
@@ -22,7 +25,8 @@ def drop_path_slots(block: nn.Module) -> tuple[str, ...]:
     def is_slot(name: str, value: Any) -> bool:
         if isinstance(value, nn.Module) and re.search('(DropPath|StochasticDepth)(Slot)?$', type(value).__name__):
             return True  # of any library
-        return re.fullmatch(r'(\w+_)?drop_path\d*', name) is not None and (value is None or type(value) is nn.Identity)
+        return (value is None or type(value) is nn.Identity) \
+            and re.fullmatch(r'(\w+_)?(drop_path|stochastic_depth)\d*', name) is not None
 
     return tuple(name for name, value in {**block.__dict__, **block._modules}.items() if is_slot(name, value))
 
@@ -39,23 +43,19 @@ class _Slot(nn.Identity):
 @contextmanager
 def _ready(model: nn.Module, slots: dict[nn.Module, tuple[str, ...]]) -> Iterator[None]:
     """Within it the model is in evaluation mode, in float32, with a `_Slot` in each slot; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
     before = [(block, name, getattr(block, name)) for block, names in slots.items() for name in names]
-    low = [tensor for tensor in (*model.parameters(), *model.buffers())
-           if tensor.dtype in (torch.bfloat16, torch.float16)]  # in which too much would look equal
+    half = [param for param in model.parameters() if param.dtype in HALF]  # in which too much would look equal
     try:
         for block, name, _ in before:
             setattr(block, name, _Slot())
-        model.eval()
-        with changed(low, torch.Tensor.float):
+        with training_mode(model, False), changed(half, torch.Tensor.float), \
+                changed(list(model.buffers()), lambda value: value.float() if value.dtype in HALF else value.clone()):
             yield
     finally:
         for block, name, value in before:
             if value is None:
                 del block._modules[name]
             setattr(block, name, value)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[tuple, dict[str, Any]]:
@@ -82,7 +82,7 @@ def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[tupl
 
     if isinstance(example_input, dict):
         return (), {key: random(value) for key, value in example_input.items()}
-    return tuple(map(random, example_input if isinstance(example_input, tuple) else (example_input,))), {}
+    return tuple(map(random, example_input if isinstance(example_input, tuple | list) else (example_input,))), {}
 
 
 class Found(NamedTuple):
@@ -105,9 +105,11 @@ class _Search:
         self.closable: dict[nn.Module, Residual] = {}
         self.stay_open: list[nn.Module] = []
         self.inputs: dict[nn.Module, torch.Tensor] = {}
+        self.nonnegative: dict[nn.Module, bool] = {}  # whether that was, as a ReLU makes it
         self.before: dict[nn.Module, nn.Module] = {}  # the block whose output a block is given
         self.last_block: nn.Module | None = None
         self.last_output: Any = None
+        self.last_version = 0
         self.trying = False
 
     def keep_input(self, block: nn.Module, args: tuple) -> tuple | None:
@@ -118,9 +120,11 @@ class _Search:
         self.inputs.pop(block, None)
         if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
             return None
-        if self.last_block is not None and args[0] is self.last_output:
+        # not if something wrote into it on the way, such as a ReLU in place
+        if self.last_block is not None and args[0] is self.last_output and args[0]._version == self.last_version:
             self.before[block] = self.last_block
         x = args[0] / args[0].abs().max()  # a thousand untrained layers overflow in evaluation, or die away
+        self.nonnegative[block] = bool((x >= 0).all())
         if not x.isfinite().all():
             x = torch.ones_like(x)
         self.inputs[block] = x.clone()
@@ -136,6 +140,7 @@ class _Search:
         if residual is not None:
             self.closable[block] = residual
             self.last_block, self.last_output = block, features(output)
+            self.last_version = self.last_output._version
         elif slots:
             self.stay_open.append(block)
 
@@ -148,12 +153,16 @@ class _Search:
             return None
         self.trying = True
         probe = BlockProbe(block, x, args[1:], kwargs)
-        with other_weights(block):
+        with other_values(block):
             way = probe.find_way(slots)
             last_affine = probe.find_affine(way.ends) if way and self.scale == 'eval' else ()
         self.trying = False
         if way is None:
             return None
+        taken = {*SkippableBlock.__annotations__, OWN_SLOT} & {
+            *vars(block), *block._modules, *block._parameters, *block._buffers}
+        if taken and not isinstance(block, SkippableBlock):
+            raise ValueError(f'{self.names[block]} has an attribute {min(taken)!r} of its own; that name is taken')
         if last_affine is None:
             raise ValueError(f"drop_path_scale is 'eval', but the branch of {self.names[block]} ends in nothing that "
                              "can absorb p_l; use 'train'")
@@ -162,7 +171,7 @@ class _Search:
         return Residual(
             block, slots=slots if way.ends == slots else (), branch_ends=way.ends if way.ends != slots else (),
             shortcut_path=way.shortcut_path, relu_behind=way.relu_behind, last_affine=last_affine, chained=False,
-            nonnegative=bool((x >= 0).all()), returns_tuple=isinstance(output, tuple), passes_on=passes_on)
+            nonnegative=self.nonnegative[block], returns_tuple=isinstance(output, tuple), passes_on=passes_on)
 
     def found(self) -> Found:
         """What was found, but for sums of layers beside each other, as in Inceptions: no residual blocks."""
@@ -231,5 +240,9 @@ def _search(model: nn.Module, blocks: Iterable[nn.Module], slots: dict[nn.Module
             hooks.callback(block.register_forward_pre_hook(search.keep_input).remove)
             hooks.callback(block.register_forward_hook(search.look, with_kwargs=True).remove)
         args, kwargs = example_arguments(model, example_input)
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as error:
+            raise ValueError(f'{type(model).__name__} can not be run with what example_input describes: '
+                             f'{" ".join(str(error).split())[:200]}') from error
     return search.found()

@@ -5,7 +5,6 @@ branch returns.
 """
 import random
 import types
-from collections.abc import Sequence
 from functools import cache, update_wrapper
 from typing import Any
 
@@ -19,16 +18,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from .functional import closed_block, on_channels_last, scale_gradients
+from .functional import closed_block, on_channels_last
 from .gates import DepthGates
-from .shallow_copy import has_hooks, shallow_copy
+from .scaled_block import features, parameters_of, scaled_block
+from .shallow_copy import has_hooks
 
 OWN_SLOT = 'depth_gate'  # of a block that has no drop_path slot: its forward knows nothing of it
-
-
-def features(output: Any) -> Any:
-    """The features (B, ...) in what a block returned, which in transformers is a tuple of them and, mostly, None."""
-    return output[0] if isinstance(output, tuple) and output else output
 
 
 class DropPathSlot(DropPath):
@@ -119,8 +114,8 @@ class SkippableBlock(nn.Module):
         relu_behind: Whether there is a ReLU behind the addition that is no module.
         nonnegative: Whether its input came out of a ReLU when the method was added. A closed block then skips its own
             ReLU, so replace either all activations of the network or none.
-        last_affine: With scale 'eval', where the parameters that scale each branch are: the slot or module that ends
-            it, the names of the modules on the way to them, and their own.
+        last_affine: With scale 'eval', the parameters that scale each branch: the slot or module that ends it, the
+            names of the modules on the way to their layer, their own names, and how many other parameters it has.
         chained: Whether its output goes to nothing but the next block that can be skipped.
         returns_tuple: Whether its features come first in a tuple.
         passes_on: What is behind them there: the places of arguments behind the input, from 0, or -1 for None.
@@ -132,7 +127,7 @@ class SkippableBlock(nn.Module):
     shortcut_path: list[str]
     relu_behind: bool
     nonnegative: bool
-    last_affine: list[tuple[str, list[str], list[str]]]
+    last_affine: list[tuple[str, list[str], list[str], int]]
     chained: bool
     returns_tuple: bool
     passes_on: list[int]
@@ -229,15 +224,15 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
                                "'subset' can't run on all samples; replace them all, or none")
         kept = _subset(f'{draw.key}/{slot.index}', x, survival_prob)
         shortcut = block.run_shortcut(x)
-        scaled = _scaled(block, slots, len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.)
+        scaled = scaled_block(block, slots, len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.)
         y = features(_run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
         return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)), args)
     if draw.open[slot.index]:
-        return _run(_scaled(block, slots, 1. / survival_prob if slot.scale_by_keep else 1.), x, *args, **kwargs)
+        return _run(scaled_block(block, slots, 1. / survival_prob if slot.scale_by_keep else 1.), x, *args, **kwargs)
     if not all_slots:  # the branch of the other module runs
-        return _run(_scaled(block, slots, 0.), x, *args, **kwargs)
+        return _run(scaled_block(block, slots, 0.), x, *args, **kwargs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    y = closed_block(block.run_shortcut(x), (*_parameters(block, skip=block.shortcut_path), *tensors))
+    y = closed_block(block.run_shortcut(x), (*parameters_of(block, skip=block.shortcut_path), *tensors))
     # `y` may share its memory with `x`. The next block writes into neither; other code and hooks may.
     return _output(block, y if block.chained and not block._forward_hooks else y.clone(), args)
 
@@ -254,68 +249,6 @@ def _subset(key: str, x: torch.Tensor, survival_prob: float) -> torch.Tensor:
     count = min(size, max(1, round(survival_prob * size)))  # 0 where a last batch leaves a rank without images
     kept = sorted(random.Random(key).sample(range(size), count))
     return torch.tensor(kept, dtype=torch.int64).to(x.device, non_blocking=True)  # device=x.device would wait for it
-
-
-@torch.compiler.disable
-def _scaled(block: Any, slots: dict[str, DropPathSlot], factor: float) -> Any:
-    """A shallow copy of `block`, whose branch is multiplied by `factor`, 1 / p_l in an open block."""
-    scaled = shallow_copy(block, '_modules')
-    for name, slot in slots.items():
-        scaled._modules[name] = shallow_copy(slot)
-        scaled._modules[name].__dict__['factor'] = factor
-    if next(iter(slots.values())).gates.scale == 'eval' and factor not in (0., 1.):
-        for end, path, params in block.last_affine:
-            if end in slots or block.branch_ends:
-                _scale_gradients(scaled, path, params, factor ** -2)
-    for name in block.branch_ends if factor != 1. else ():
-        scaled._modules[name] = _ScaledOutput(scaled._modules[name], factor)
-    return scaled
-
-
-class _ScaledOutput(nn.Module):
-    """In the place of a module that ends a branch: multiplies what it returns."""
-
-    def __init__(self, module: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.module, self.factor = module, factor
-
-    def __getattr__(self, name: str) -> Any:  # the block may ask for more than the output
-        return self._modules[name] if name == 'module' else getattr(self._modules['module'], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.module(*args, **kwargs)
-        y = features(output) * self.factor
-        return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
-def _scale_gradients(block: Any, path: list[str], names: list[str], factor: float) -> None:
-    """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_gradients`.
-
-    A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone, and so is
-    one with a call of its own, such as by `layer.compile()`: their gradients are those of scale 'train'. A layer that
-    writes into these parameters in its forward is an error.
-    """
-    layer = block
-    for name in path:
-        layer = layer._modules.get(name)
-        if layer is None or 'forward' in layer.__dict__ or layer._compiled_call_impl is not None:
-            return
-    params = {name: layer.__dict__.get(name, layer._parameters.get(name)) for name in names}  # FSDP1 has plain tensors
-    if path and len(_parameters(layer)) > sum(name in layer._parameters for name in names) \
-            or any(param is None for param in params.values()):
-        return
-    for name in path:
-        block._modules[name] = block = shallow_copy(block._modules[name], '_modules')
-    block.__dict__.update(zip(params, scale_gradients(list(params.values()), factor), strict=True))
-
-
-def _parameters(module: nn.Module, skip: Sequence[str] = ()) -> list[torch.Tensor]:
-    """The parameters in a module but for those of its children `skip`; much faster than Module.parameters()."""
-    found: list[torch.Tensor] = [param for param in module._parameters.values() if param is not None]
-    for name, child in module._modules.items():
-        if child is not None and (child._parameters or child._modules) and name not in skip:
-            found += _parameters(child)
-    return found
 
 
 def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .gates import DepthGates
+from .scaled_block import parameters_of
 from .skippable import OWN_SLOT, DropPathSlot, SkippableBlock, skippable_class
 
 
@@ -97,7 +98,8 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
         paths = {module: name.split('.') if name else [] for name, module in skippable.named_modules()}
         skippable.drop_path_slots = slots
         skippable.branch_ends, skippable.shortcut_path = list(residual.branch_ends), list(residual.shortcut_path)
-        skippable.last_affine = [(end, paths[layer], list(names)) for end, layer, names in residual.last_affine]
+        skippable.last_affine = [(end, paths[layer], list(names), len(parameters_of(layer)) - len(names))
+                                 for end, layer, names in residual.last_affine]
         skippable.passes_on = list(residual.passes_on)
         for name in ('relu_behind', 'chained', 'nonnegative', 'returns_tuple'):
             setattr(skippable, name, getattr(residual, name))

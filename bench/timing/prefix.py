@@ -17,7 +17,6 @@ from harness.errors import UserError
 from timing.end_to_end import EndToEndSettings, write_subset
 from timing.rows import spread
 
-PREFIX = ['-m', 'timm_sd', '--drop-path-mode', 'batch']
 WARM_UP = 2  # updates
 UPDATE = re.compile(r'Train: .* Time: ([\d.]+)s,')
 SHARE = re.compile(r'a training step runs (\d+)% of the multiplications')
@@ -35,13 +34,15 @@ def run_training(command: list[str]) -> str:
     return result.stdout
 
 
-def measure_prefix(model: str, drop_paths: list[float], batch_size: int, amp: bool, rounds: int,
-                   settings: EndToEndSettings) -> list[dict[str, Any]]:
+def measure_prefix(model: str, drop_paths: list[float], schedule: str, scale: str, batch_size: int, amp: bool,
+                   rounds: int, settings: EndToEndSettings) -> list[dict[str, Any]]:
     """Trains one epoch with the prefix and one without, in turns.
 
     Args:
         model: timm's name of the network.
         drop_paths: What --drop-path is given.
+        schedule: Of the prefix; timm's DropPath is linear.
+        scale: Of the prefix.
         batch_size: Images an update.
         amp: Train in bf16 autocast.
         rounds: Turns; each has a seed, and so gates, of its own.
@@ -51,6 +52,8 @@ def measure_prefix(model: str, drop_paths: list[float], batch_size: int, amp: bo
         For each rate a row with the images a second of both, their ratio within a round, and the share of the
         multiplications that the prefix says is left.
     """
+    prefix = ['-m', 'timm_sd', '--drop-path-mode', 'batch', '--drop-path-schedule', schedule,
+              '--drop-path-scale', scale]
     speeds: dict[tuple[float, bool], list[float]] = {}
     shares = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,7 +61,7 @@ def measure_prefix(model: str, drop_paths: list[float], batch_size: int, amp: bo
         turns = [(rate, prefixed) for rate in drop_paths for prefixed in (True, False)]
         for round_, (rate, prefixed) in tqdm(list(product(range(rounds), turns)), desc=model):
             log = run_training([
-                *(PREFIX if prefixed else []), str(settings.timm_train), '--model', model, '--drop-path', str(rate),
+                *(prefix if prefixed else []), str(settings.timm_train), '--model', model, '--drop-path', str(rate),
                 '--dataset', f'hfds/{scratch}', '--input-key', 'img', '--target-key', 'label', '--num-classes', '10',
                 '--val-split', '', '--no-aug', '--channels-last', '-b', str(batch_size), '-j', '1', '--device', 'cpu',
                 *(['--amp', '--amp-dtype', 'bfloat16'] if amp else []), '--opt', 'sgd', '--lr', '0.001', '--epochs',
@@ -71,7 +74,7 @@ def measure_prefix(model: str, drop_paths: list[float], batch_size: int, amp: bo
             if prefixed:
                 shares[rate] = int(SHARE.findall(log)[0]) / 100
     return [dict(
-        model=model, drop_path=rate, batch_size=batch_size,
+        model=model, drop_path=rate, schedule=schedule, scale=scale, batch_size=batch_size,
         images_per_second=round(statistics.median(speeds[rate, True]), 1),
         timm_images_per_second=round(statistics.median(speeds[rate, False]), 1),
         faster=spread([ours / theirs for ours, theirs in zip(speeds[rate, True], speeds[rate, False], strict=True)]),

@@ -35,9 +35,13 @@ def test_a_family_whose_blocks_close_in_part(family):
     family('nf_regnet_b0')
     _, _, works, blocks, scale_eval, evaluation, step = row_of('nfnet')
     closed, of, total = blocks.split()
-    assert (works, of, evaluation, step) == ('partly', 'of', 'same', 'yes')
-    assert scale_eval == 'no: the branch of stages.0.0 ends in nothing that can absorb p_l'
+    assert (works, of, scale_eval, evaluation, step) == ('partly', 'of', 'yes', 'same', 'yes')
     assert 0 < int(closed) < int(total)
+
+
+def test_a_family_that_is_refused_with_scale_eval_says_which_branch(family):
+    family('seresnet18')
+    assert row_of('resnet')[2:5] == ['yes', '8 of 8', 'no: the branch of layer1.0 ends in nothing that can absorb p_l']
 
 
 def test_a_family_without_residual_blocks_says_why(family):

@@ -127,7 +127,7 @@ def test_the_last_layers_gradient_is_the_plain_ones_times_the_survival_probabili
     for net in (model, plain):
         net(x).square().sum().backward()
     last = {id(getattr(block.get_submodule('.'.join(path)), name)) for block in skippable(model)
-            for _, path, names in block.last_affine for name in names}
+            for _, path, names, _ in block.last_affine for name in names}
     assert len(last) == 2 * sum(len(block.last_affine) for block in skippable(model))
     for (where, param), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         factor = (1. - RATE) ** 2 if id(param) in last else 1.

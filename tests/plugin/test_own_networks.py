@@ -99,6 +99,36 @@ class OwnSizes(nn.Module):
         return x.mean((2, 3))
 
 
+class OwnChildren(nn.Module):
+    """Blocks that go over their children, and whose branch is scaled by a parameter beside layers."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma, self.conv = nn.Parameter(torch.full((8, 1, 1), 0.7)), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.gamma * torch.tanh(self.conv(x))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.branch = nn.BatchNorm2d(8), OwnChildren.Branch()
+
+        def forward(self, x):
+            y = x
+            for child in self.children():
+                y = child(y)
+            return x + y
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(*(self.Block() for _ in range(3)))
+
+    def forward(self, x):
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
 # --- the rule, as a forward of each class of block, whose branches are multiplied by self.gate
 
 def own_resnet_rule(self, x):
@@ -109,6 +139,10 @@ def own_resnet_rule(self, x):
 def own_pre_activation_rule(self, x):
     x = F.relu(x)
     return x + self.gate * self.conv(F.relu(self.norm(x)))
+
+
+def own_children_rule(self, x):
+    return x + self.gate * self.branch(self.norm(x))
 
 
 def own_sizes_rule(self, x, scale, size):
@@ -168,6 +202,7 @@ NETWORKS = {
     'own resnet': (OwnResNet, 16, OwnResNet.Block, own_resnet_rule, 3),
     'own transformer': (OwnTransformer, 32, Block, timm_vit_rule, 3),
     'own pre-activation': (OwnPreActivation, 16, OwnPreActivation.Block, own_pre_activation_rule, 3),
+    'own children': (OwnChildren, 16, OwnChildren.Block, own_children_rule, 3),
     'own sizes': (OwnSizes, 16, OwnSizes.Block, own_sizes_rule, 3),
     'torchvision resnet18': (resnet.resnet18, 64, resnet.BasicBlock, torchvision_resnet_rule, 8),
     'torchvision vit': (lambda: vision_transformer.VisionTransformer(32, 8, 3, 3, 24, 48),
@@ -262,7 +297,7 @@ def test_outputs_and_gradients_are_those_of_the_rule(name, scale):
         ours.square().mean().backward()
         theirs.square().mean().backward()
         last = {id(getattr(block.get_submodule('.'.join(path)), key)) for block in skippable(model)
-                for _, path, keys in block.last_affine for key in keys}
+                for _, path, keys, _ in block.last_affine for key in keys}
         assert bool(last) == (scale == 'eval')
         for (key, param), other in zip(model.named_parameters(), reference.parameters(), strict=True):
             if other.grad is not None:

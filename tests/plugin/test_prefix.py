@@ -15,10 +15,9 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
 import timm_sd
-import timm_sd.prefix
-from timm_sd.prefix import Prefix, computed_share
+from timm_sd.prefix import DropPathFlags, Prefix, computed_share
 
-BATCH = timm_sd.prefix.DropPath('batch')
+BATCH = DropPathFlags('batch')
 PATCHED = [(timm.models._factory, 'model_entrypoint'), (timm.utils, 'random_seed'), (timm.utils.random, 'random_seed'),
            (timm.scheduler, 'create_scheduler_v2'), (timm.scheduler.scheduler_factory, 'create_scheduler_v2'),
            *((cls, name) for cls in (Scheduler, PlateauLRScheduler) for name in ('step', 'step_update'))]
@@ -50,7 +49,7 @@ def sgd(model):
 
 @pytest.mark.parametrize('create', [timm.create_model, models_create_model, factory_create_model])
 def test_create_model_by_any_name_gives_gates(prefix, create, capsys):
-    prefix(timm_sd.prefix.DropPath('subset', 'uniform', 'train'))
+    prefix(DropPathFlags('subset', 'uniform', 'train'))
     model = small(create, drop_path_rate=0.3)
     gates = timm_sd.depth_gates(model)
     assert (list(gates.drop_path_rates), gates.mode, gates.scale) == ([0.3] * 4, 'subset', 'train')
@@ -62,8 +61,8 @@ def test_create_model_by_any_name_gives_gates(prefix, create, capsys):
 
 @pytest.mark.parametrize(('flags', 'expected'), [
     (BATCH, ('batch', 'linear', 'train')),
-    (timm_sd.prefix.DropPath(schedule='uniform'), ('batch', 'uniform', 'train')),
-    (timm_sd.prefix.DropPath(scale='eval'), ('batch', 'linear', 'eval')),
+    (DropPathFlags(schedule='uniform'), ('batch', 'uniform', 'train')),
+    (DropPathFlags(scale='eval'), ('batch', 'linear', 'eval')),
 ])
 def test_one_flag_is_enough(prefix, flags, expected):
     prefix(flags)
@@ -79,7 +78,7 @@ def test_the_rate_may_stand_in_a_config(prefix, tmp_path):
 
 
 def test_without_flags_timms_networks_stay_timms_and_advice_is_given(prefix, capsys):
-    prefix(timm_sd.prefix.DropPath())
+    prefix(DropPathFlags())
     model = small(drop_path_rate=0.3)
     assert timm_sd.depth_gates(model) is None
     assert any(type(module) is DropPath for module in model.modules())
@@ -97,14 +96,36 @@ def test_a_network_without_a_rate_stays_plain_and_that_is_said(prefix, capsys):
         assert 'test_resnet is created without a drop path rate' in capsys.readouterr().err
 
 
-def test_our_networks_take_the_flags_and_what_a_script_says_wins(prefix):
-    prefix(timm_sd.prefix.DropPath('subset', 'uniform'))
+def test_our_networks_take_the_flags_which_win(prefix):
+    prefix(DropPathFlags('subset', 'uniform'))
     timm.utils.random_seed(7, 3)
     gates = timm_sd.depth_gates(timm.create_model('sd_resnet20_cifar', drop_path_rate=0.3))
     assert (gates.mode, gates.schedule, gates.scale, gates.seed) == ('subset', 'uniform', 'train', 7)
-    gates = timm_sd.depth_gates(timm.create_model(
-        'sd_resnet20_cifar', drop_path_mode='batch', drop_path_scale='eval', drop_path_seed=2))
-    assert (gates.mode, gates.scale, gates.seed, gates.drop_path_rates[-1]) == ('batch', 'eval', 2, 0.5)
+    gates = timm_sd.depth_gates(timm.create_model('sd_resnet20_cifar', drop_path_mode='batch', drop_path_seed=2))
+    assert (gates.mode, gates.scale, gates.seed, gates.drop_path_rates[-1]) == ('subset', 'train', 2, 0.5)
+
+
+def test_flags_win_over_what_a_config_holds(prefix, tmp_path):
+    timm.models.save_for_hf(timm.create_model('sd_resnet20_cifar'), str(tmp_path), model_config=dict(
+        model_args=dict(drop_path_rate=0.2, drop_path_mode='batch', drop_path_schedule='uniform')))
+    prefix(DropPathFlags('subset'))
+    gates = timm_sd.depth_gates(timm.create_model(f'local-dir:{tmp_path}', pretrained=True))
+    assert (gates.mode, gates.schedule, gates.drop_path_rates[0]) == ('subset', 'uniform', 0.2)
+
+
+def test_blocks_that_stay_open_are_told_in_a_line(prefix, capsys, recwarn):
+    prefix()
+    timm.create_model('nf_regnet_b0', drop_path_rate=0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(': ')[2][:11] for line in lines] == ['NormFreeNet', '13 residual']
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize('name', ['cait_xxs24_224', 'pit_ti_224'])
+def test_networks_whose_tokens_have_no_gradient_function(prefix, capsys, name):
+    prefix()
+    assert timm.create_model(name, drop_path_rate=0.1).training
+    assert '% of the multiplications' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'words'), [

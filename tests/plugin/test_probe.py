@@ -1,4 +1,6 @@
 """Which blocks of timm's networks can be closed, and what is left as it was when they are looked for."""
+import copy
+
 import pytest
 import timm
 import torch
@@ -128,10 +130,21 @@ def test_a_projection_counts_beside_blocks_of_its_class_that_have_none():
 
 
 def test_a_block_that_writes_into_its_input_gets_one_of_its_own():
-    torch.manual_seed(0)
-    model = own(*(Layers(lambda self, x: x.mul_(2.) * 0.5 + self.one(x), one=conv()) for _ in range(2)))
+    def found(rule):
+        torch.manual_seed(0)
+        model = own(*(Layers(rule, one=conv(), act=nn.ReLU()) for _ in range(3)))
+        return residual_blocks(model, example_input=PICTURE).closable
+    assert [block.chained for block in found(lambda self, x: self.act(x) + self.one(x))] == [True, True, False]
+    assert [block.chained for block in found(lambda self, x: F.relu_(x) + self.one(x))] == [False] * 3
+
+
+def test_features_that_are_all_zero_are_not_taken_for_those_behind_a_relu():
+    """They may become negative when the stem has learned."""
+    model = own(*(Layers(lambda self, x: self.act(x + self.one(x)), one=conv(), act=nn.ReLU()) for _ in range(2)))
+    nn.init.constant_(model[0].weight, 0.)
+    nn.init.constant_(model[0].bias, 0.)
     found, _ = residual_blocks(model, example_input=PICTURE)
-    assert len(found) < 2 or not found[0].chained
+    assert [block.nonnegative for block in found] == [False, True]
 
 
 def test_a_block_that_returns_more_than_features_stays_open():
@@ -168,7 +181,7 @@ def test_a_network_that_fails_while_it_is_tried_is_as_it_was(when, dtype):
     before = [(type(module), module.training, list(module._modules)) for module in model.modules()]
     pointers = {key: (value.data_ptr(), value.dtype) for key, value in model.state_dict().items()}
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match='out of memory'):
+    with pytest.raises(ValueError, match='ResNet can not be run with what example_input describes: out of memory'):
         residual_blocks(model, 'eval')
     hook.remove()
     assert [(type(module), module.training, list(module._modules)) for module in model.modules()] == before
@@ -186,3 +199,117 @@ def test_what_the_network_is_called_with_may_be_given(example):
 
 def test_a_network_in_float64():
     assert len(residual_blocks(network('test_vit').double(), 'eval').closable) == 6
+
+
+# --- what shows elsewhere than where the network starts
+
+
+def closed_output(model, x):
+    """What the network returns in training, with all blocks closed; None if no block can be."""
+    if not residual_blocks(model, example_input=x).closable:
+        return None
+    timm_sd.add_stochastic_depth(model, 0.5, example_input=x)
+    gates = timm_sd.depth_gates(model)
+    gates.draw = lambda: setattr(gates, 'open', [False] * len(gates.open))
+    return model.train()(x)
+
+
+@pytest.mark.parametrize(('rule', 'layers', 'closed'), [
+    (lambda self, x: self.drop(x + self.one(x)), dict(drop=nn.Dropout(0.5)), None),
+    (lambda self, x: F.dropout(x, 0.5, self.training) + self.one(x), {}, None),
+    (lambda self, x: (x + 0.5 if self.training else x) + self.one(x), {}, None),
+    (lambda self, x: F.relu6(x + self.one(x)), {}, None),
+    (lambda self, x: (x + self.one(x)).clamp(-10., 10.), {}, None),
+    (lambda self, x: self.act(x + self.one(x)), dict(act=nn.ReLU6()), lambda block, x: F.relu6(x)),
+    (lambda self, x: self.norm(x + self.one(x)), dict(norm=nn.BatchNorm2d(4, affine=False)),
+     lambda block, x: F.batch_norm(x, None, None, training=True)),
+    (lambda self, x: x + self.one(torch.ones_like(x)), {}, None),  # a position encoding
+])
+def test_a_closed_block_is_right_in_training_too(rule, layers, closed):
+    torch.manual_seed(0)
+    model = own(*(Layers(rule, one=conv(), **layers) for _ in range(2)))
+    x = 20. * torch.randn(4, 3, 8, 8)
+    found = closed_output(copy.deepcopy(model), x)
+    if closed is None:
+        assert found is None
+    else:
+        expected = model[0](x)
+        for block in model[1:]:
+            expected = closed(block, expected)
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_argument_that_is_zero_at_first_counts():
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos = nn.Parameter(torch.zeros(1, 4, 1, 1))
+            self.blocks = nn.ModuleList(Layers(None, one=conv()) for _ in range(2))
+            self.stem = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x, self.pos)
+            return x
+    model = Model()
+    for block in model.blocks:
+        block.forward = (lambda self, x, pos: (x + pos) + self.one(x)).__get__(block)
+    assert residual_blocks(model, example_input=PICTURE) == ([], [])
+
+
+def test_something_in_place_between_two_blocks():
+    torch.manual_seed(0)
+    blocks = [Layers(lambda self, x: x + self.one(x), one=conv()) for _ in range(2)]
+    model = own(blocks[0], nn.ReLU(inplace=True), blocks[1], nn.ReLU(inplace=True))
+    x = torch.randn(2, 3, 8, 8)
+    expected = F.relu(F.relu(model[0](x)))
+    closed = closed_output(model, x)
+    torch.testing.assert_close(closed, expected)
+    closed.sum().backward()
+
+
+def test_what_train_and_eval_of_a_module_do_is_not_done():
+    """Such as LoRA's merge."""
+    class Merging(nn.Conv2d):
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+    torch.manual_seed(0)
+    model = own(Layers(lambda self, x: x + self.one(x), one=Merging(4, 4, 1))).train()
+    assert len(residual_blocks(model, example_input=PICTURE).closable) == 1
+    assert not model[1].one.merged
+
+
+def test_buffers_that_a_forward_moves_are_as_they_were():
+    torch.manual_seed(0)
+
+    def rule(self, x):
+        self.count += 1
+        return x + self.norm(self.one(x))
+    block = Layers(rule, one=conv(), norm=nn.BatchNorm2d(4))
+    block.register_buffer('count', torch.zeros(()))
+    model = own(block)
+    state = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+    assert len(residual_blocks(model, 'eval', PICTURE).closable) == 1
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize('example', [
+    torch.zeros(1, 4, 8, 8), torch.zeros(3), 'x', dict(y=PICTURE), (PICTURE, PICTURE), (), torch.zeros(0, 3, 8, 8)])
+def test_a_wrong_example_is_one_line(example):
+    model = own(Layers(lambda self, x: x + self.one(x), one=conv()))
+    with pytest.raises(ValueError, match='Sequential can not be run with what example_input describes') as error:
+        timm_sd.add_stochastic_depth(model, 0.5, example_input=example)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['chained', 'relu_behind', 'depth_gate'])
+def test_attributes_of_these_names_are_refused(name):
+    model = own(Layers(lambda self, x: x + self.one(x), one=conv(), **{name: nn.Identity()}))
+    with pytest.raises(ValueError, match=f"1 has an attribute '{name}' of its own"):
+        timm_sd.add_stochastic_depth(model, 0.5, example_input=PICTURE)
