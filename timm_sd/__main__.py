@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import timm
 
 import timm_sd
-from timm_sd.prefix import DropPathFlags, Prefix
+from timm_sd.prefix import Prefix
 
 USAGE = ('usage: python -m timm_sd [--drop-path-mode batch|subset] [--drop-path-schedule linear|uniform] '
          '[--drop-path-scale train|eval] SCRIPT [ARGS ...]')
@@ -44,7 +44,7 @@ def main() -> None:
         parser.error('no script to run')
     if not os.path.isfile(settings.script):
         parser.error(f'there is no script {settings.script}')
-    Prefix(DropPathFlags(settings.drop_path_mode, settings.drop_path_schedule, settings.drop_path_scale)).install()
+    Prefix(settings.drop_path_mode, settings.drop_path_schedule, settings.drop_path_scale).install()
     sys.argv = [settings.script, *settings.args]
     sys.path[0] = os.path.dirname(os.path.abspath(settings.script))  # as `python SCRIPT` would have it
     runpy.run_path(settings.script, run_name='__main__')

@@ -256,20 +256,24 @@ class BlockProbe:
         modules = {module: module for module in self.block.modules() if module is not self.block}
         called = self._called(modules)
         silent = [module for module in modules if module not in called]  # such as MultiheadAttention's last layer
-        candidates = [(self.block, (name,)) for name, _ in self.block.named_parameters(recurse=False)]
-        for module in (*called, *silent):
-            names = [name for name, _ in module.named_parameters(recurse=False)]
-            # All but one first: a weight that is standardised before it is used scales nothing.
-            candidates += [(module, part) for size in (len(names) - 1, len(names)) if size > 0
-                           for part in combinations(names, size)]
+        layers = [(self.block, (name,)) for name, _ in self.block.named_parameters(recurse=False)]
+        layers += [(module, tuple(dict(module.named_parameters(recurse=False)))) for module in (*called, *silent)]
         self.run(self.inputs[0], ends)
         before = self.branches
 
-        def halves(call: Call, layer: nn.Module, names: tuple[str, ...]) -> bool:
+        def halves(call: Call, layer: nn.Module, names: tuple[str, ...], rtol: float) -> bool:
             with changed([getattr(layer, name) for name in names], lambda value: value / 2):
                 self.run(self.inputs[0], ends)
-            return torch.allclose(self.branches[call], before[call] / 2, rtol=1e-3, atol=1e-6)
+            return torch.allclose(self.branches[call], before[call] / 2, rtol=rtol, atol=1e-6)
 
-        found = [next((Affine(call[0], *choice) for choice in candidates if halves(call, *choice)), None)
-                 for call in before]
+        def find(call: Call) -> Affine | None:
+            for layer, names in layers:
+                # Nearly, for a weight that is standardised before it is used scales nothing: then without it.
+                if names and halves(call, layer, names, rtol=1e-2):
+                    for part in (*combinations(names, len(names) - 1), names):
+                        if part and halves(call, layer, part, rtol=1e-3):
+                            return Affine(call[0], layer, part)
+            return None
+
+        found = [find(call) for call in before]
         return None if None in found else tuple(found)  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ class DepthGates:
                  scale: str | None = None, seed: int = 0) -> None:
         scale = scale or ('eval' if mode == 'batch' else 'train')
         check_choice('drop_path_mode', mode, MODES)
-        check_choice('drop_path_scale', scale, SCALES if mode == 'batch' else ('train',))
+        check_choice(f'drop_path_scale in mode {mode!r}', scale, SCALES if mode == 'batch' else ('train',))
         self.schedule, self.mode, self.scale = schedule, mode, scale
         self.seed, self.epoch, self.step = seed, 0, 0
         self.open = [True] * depth

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import timm
 import timm.models._factory
@@ -30,19 +30,6 @@ from .skippable import SkippableBlock
 from .stochastic_depth import depth_gates
 
 
-class DropPathFlags(NamedTuple):
-    """The prefix's flags; None leaves a thing as timm, or a network of this package, has it.
-
-    Attributes:
-        mode: 'batch' or 'subset'.
-        schedule: 'linear' or 'uniform'.
-        scale: 'train' or 'eval'.
-    """
-    mode: str | None = None
-    schedule: str | None = None
-    scale: str | None = None
-
-
 def say(line: str) -> None:
     """A line to stderr, by one process."""
     if os.environ.get('RANK', '0') == '0':
@@ -59,11 +46,14 @@ class Prefix:
     """Lets the networks of a script skip what they drop.
 
     Args:
-        flags: Of the command line.
+        mode: 'batch' or 'subset'.
+        schedule: 'linear' or 'uniform'.
+        scale: 'train' or 'eval'. Without any of the three timm's networks stay timm's.
     """
 
-    def __init__(self, flags: DropPathFlags) -> None:
-        self.flags = {name: value for name, value in flags._asdict().items() if value is not None}
+    def __init__(self, mode: str | None = None, schedule: str | None = None, scale: str | None = None) -> None:
+        given = dict(mode=mode, schedule=schedule, scale=scale)
+        self.flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.seed = 0
         self.updates_per_epoch = 0
         self.gates: list[DepthGates] = []
@@ -203,6 +193,9 @@ def computed_share(model: nn.Module, gates: DepthGates) -> float:
 def describe(model: nn.Module, gates: DepthGates) -> str:
     """Which blocks of a network with stochastic depth have gates, and what a training step runs, in one line."""
     names = [name for name, block in model.named_modules() if isinstance(block, SkippableBlock)]
-    return (f'{len(names)} residual blocks have gates, {names[0]} to {names[-1]}: mode {gates.mode}, scale '
-            f'{gates.scale}, {gates.schedule} to a rate of {gates.drop_path_rates[-1]:g}, seed {gates.seed}; '
-            f'a training step runs {computed_share(model, gates):.0%} of the multiplications')
+    line = (f'{len(names)} residual blocks have gates, {names[0]} to {names[-1]}: mode {gates.mode}, scale '
+            f'{gates.scale}, {gates.schedule} to a rate of {gates.drop_path_rates[-1]:g}, seed {gates.seed}')
+    try:
+        return f'{line}; a training step runs {computed_share(model, gates):.0%} of the multiplications'
+    except Exception:  # torch's counter doesn't know every network, and nothing depends on it
+        return line

@@ -191,9 +191,11 @@ def _passed_on(output: Any, args: tuple) -> tuple[int, ...] | None:
     def place(value: Any) -> int | None:
         if value is None:
             return -1
-        sizes = isinstance(value, list | tuple)  # of feature maps, in MViT
+        if not isinstance(value, list | tuple) or not all(isinstance(size, int) for size in value):
+            return None
+        # the size of a feature map, as in MViT
         return next((index for index, arg in enumerate(args)
-                     if sizes and isinstance(arg, list | tuple) and list(arg) == list(value)), None)
+                     if isinstance(arg, list | tuple) and list(arg) == list(value)), None)
 
     if not isinstance(features(output), torch.Tensor):
         return None

@@ -1,12 +1,14 @@
 """Stochastic depth on networks of torchvision, transformers and one's own, against rules that are written out here."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
 from torchvision.models import convnext, efficientnet, resnet, swin_transformer, vision_transformer
-from transformers import Dinov2Config, Dinov2Model, SwinConfig, SwinModel, ViTConfig, ViTModel
 
 import timm_sd
 from support.gated import skippable
@@ -197,6 +199,13 @@ def transformers_swin_rule(self, x, *args, **kwargs):
 
 SMALL = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=48, image_size=32,
              patch_size=8)
+
+
+def of_transformers(kind, **config):
+    transformers = pytest.importorskip('transformers', reason='not among the oldest releases')
+    return getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**config))
+
+
 # a network, its images, the class of its blocks, their rule, and how many there are
 NETWORKS = {
     'own resnet': (OwnResNet, 16, OwnResNet.Block, own_resnet_rule, 3),
@@ -215,10 +224,10 @@ NETWORKS = {
         64, swin_transformer.SwinTransformerBlock, torchvision_swin_rule, 4),
     'torchvision efficientnet': (efficientnet.efficientnet_b0, 64, efficientnet.MBConv, torchvision_efficientnet_rule,
                                  9),
-    'transformers vit': (lambda: ViTModel(ViTConfig(**SMALL)), 32, 'ViTLayer', transformers_vit_rule, 3),
-    'transformers dinov2': (lambda: Dinov2Model(Dinov2Config(**SMALL)), 32, 'Dinov2Layer', transformers_dinov2_rule, 3),
-    'transformers swin': (lambda: SwinModel(SwinConfig(
-        image_size=32, patch_size=2, embed_dim=12, depths=[2, 2], num_heads=[2, 2], window_size=4)),
+    'transformers vit': (lambda: of_transformers('ViT', **SMALL), 32, 'ViTLayer', transformers_vit_rule, 3),
+    'transformers dinov2': (lambda: of_transformers('Dinov2', **SMALL), 32, 'Dinov2Layer', transformers_dinov2_rule, 3),
+    'transformers swin': (lambda: of_transformers(
+        'Swin', image_size=32, patch_size=2, embed_dim=12, depths=[2, 2], num_heads=[2, 2], window_size=4),
         32, 'SwinLayer', transformers_swin_rule, 4),
 }
 each_network = pytest.mark.parametrize('name', NETWORKS)
@@ -337,3 +346,61 @@ def test_mode_subset_runs_the_branch_on_half_of_the_samples(name):
     found = [min((name, (output[i] - y[i]).abs().max().item()) for name, y in (('open', open_), ('closed', closed))
                  if torch.allclose(output[i], y[i], rtol=1e-3, atol=1e-4))[0] for i in range(4)]
     assert sorted(found) == ['closed', 'closed', 'open', 'open']
+
+
+@each_network
+def test_other_sizes_of_images(name):
+    if name in ('torchvision vit', 'transformers vit'):
+        pytest.skip('it takes one size')
+    depth, x = NETWORKS[name][4], pictures(2 * NETWORKS[name][1])
+    gates = [index % 2 == 0 for index in range(depth)]
+    model = without_dropout(added(name))
+    force(model, gates)
+    torch.testing.assert_close(features(model(x)), features(without_dropout(by_rule(name, gates))(x)), rtol=1e-4,
+                               atol=1e-5)
+
+
+WITHOUT_SLOTS = pytest.mark.parametrize('name', ['own resnet', 'own sizes', 'torchvision vit', 'transformers vit'])
+
+
+@WITHOUT_SLOTS
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_draw_on_their_own(name, duplicate):
+    model, x = without_dropout(added(name)), pictures(NETWORKS[name][1])
+    twin = without_dropout(duplicate(model))
+    assert timm_sd.depth_gates(twin) is not timm_sd.depth_gates(model)
+    for _ in range(4):
+        torch.testing.assert_close(features(twin(x)), features(model(x)))
+    timm_sd.remove_stochastic_depth(twin)
+    assert {type(module) for module in twin.modules()} == {type(module) for module in plain_network(name).modules()}
+
+
+@WITHOUT_SLOTS
+def test_blocks_are_compiled_around_their_gates(name):
+    depth, x = NETWORKS[name][4], pictures(NETWORKS[name][1])
+    model, eager = without_dropout(added(name)), without_dropout(added(name))
+    timm_sd.compile_blocks(model, backend='aot_eager')
+    torch._dynamo.reset()
+    for pattern in ([True] * depth, [False] * depth, [index % 2 == 0 for index in range(depth)]):
+        for training in (True, False):  # the graph of an open block is not that of evaluation
+            for network in (model, eager):
+                force(network, pattern)
+                without_dropout(network) if training else network.eval()
+            torch.testing.assert_close(features(model(x)), features(eager(x)))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_transformers_own_checkpointing_has_the_gates_of_its_pass(reentrant):
+    def gradients(checkpointing):
+        model = without_dropout(added('transformers vit'))
+        if checkpointing:
+            model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        x = pictures(32)
+        loss = sum((features(model(x + n)) * pictures(32)[0, 0, 0, :24]).sum() for n in range(3))
+        loss.backward()
+        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    with_, without = gradients(True), gradients(False)
+    assert with_.keys() == without.keys()
+    for name, grad in with_.items():
+        torch.testing.assert_close(grad, without[name], rtol=1e-4, atol=1e-5)

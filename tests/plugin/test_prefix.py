@@ -15,9 +15,9 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
 import timm_sd
-from timm_sd.prefix import DropPathFlags, Prefix, computed_share
+import timm_sd.prefix
+from timm_sd.prefix import Prefix, computed_share
 
-BATCH = DropPathFlags('batch')
 PATCHED = [(timm.models._factory, 'model_entrypoint'), (timm.utils, 'random_seed'), (timm.utils.random, 'random_seed'),
            (timm.scheduler, 'create_scheduler_v2'), (timm.scheduler.scheduler_factory, 'create_scheduler_v2'),
            *((cls, name) for cls in (Scheduler, PlateauLRScheduler) for name in ('step', 'step_update'))]
@@ -29,8 +29,8 @@ def prefix(monkeypatch):
     for place, name in PATCHED:
         monkeypatch.setattr(place, name, getattr(place, name))
 
-    def install(drop_path=BATCH):
-        installed = Prefix(drop_path)
+    def install(mode='batch', **flags):
+        installed = Prefix(mode, **flags)
         installed.install()
         return installed
     return install
@@ -49,7 +49,7 @@ def sgd(model):
 
 @pytest.mark.parametrize('create', [timm.create_model, models_create_model, factory_create_model])
 def test_create_model_by_any_name_gives_gates(prefix, create, capsys):
-    prefix(DropPathFlags('subset', 'uniform', 'train'))
+    prefix('subset', schedule='uniform', scale='train')
     model = small(create, drop_path_rate=0.3)
     gates = timm_sd.depth_gates(model)
     assert (list(gates.drop_path_rates), gates.mode, gates.scale) == ([0.3] * 4, 'subset', 'train')
@@ -60,12 +60,12 @@ def test_create_model_by_any_name_gives_gates(prefix, create, capsys):
 
 
 @pytest.mark.parametrize(('flags', 'expected'), [
-    (BATCH, ('batch', 'linear', 'train')),
-    (DropPathFlags(schedule='uniform'), ('batch', 'uniform', 'train')),
-    (DropPathFlags(scale='eval'), ('batch', 'linear', 'eval')),
+    (dict(mode='batch'), ('batch', 'linear', 'train')),
+    (dict(mode=None, schedule='uniform'), ('batch', 'uniform', 'train')),
+    (dict(mode=None, scale='eval'), ('batch', 'linear', 'eval')),
 ])
 def test_one_flag_is_enough(prefix, flags, expected):
-    prefix(flags)
+    prefix(**flags)
     gates = timm_sd.depth_gates(small(drop_path_rate=0.3))
     assert (gates.mode, gates.schedule, gates.scale) == expected
 
@@ -78,7 +78,7 @@ def test_the_rate_may_stand_in_a_config(prefix, tmp_path):
 
 
 def test_without_flags_timms_networks_stay_timms_and_advice_is_given(prefix, capsys):
-    prefix(DropPathFlags())
+    prefix(None)
     model = small(drop_path_rate=0.3)
     assert timm_sd.depth_gates(model) is None
     assert any(type(module) is DropPath for module in model.modules())
@@ -97,7 +97,7 @@ def test_a_network_without_a_rate_stays_plain_and_that_is_said(prefix, capsys):
 
 
 def test_our_networks_take_the_flags_which_win(prefix):
-    prefix(DropPathFlags('subset', 'uniform'))
+    prefix('subset', schedule='uniform')
     timm.utils.random_seed(7, 3)
     gates = timm_sd.depth_gates(timm.create_model('sd_resnet20_cifar', drop_path_rate=0.3))
     assert (gates.mode, gates.schedule, gates.scale, gates.seed) == ('subset', 'uniform', 'train', 7)
@@ -108,7 +108,7 @@ def test_our_networks_take_the_flags_which_win(prefix):
 def test_flags_win_over_what_a_config_holds(prefix, tmp_path):
     timm.models.save_for_hf(timm.create_model('sd_resnet20_cifar'), str(tmp_path), model_config=dict(
         model_args=dict(drop_path_rate=0.2, drop_path_mode='batch', drop_path_schedule='uniform')))
-    prefix(DropPathFlags('subset'))
+    prefix('subset')
     gates = timm_sd.depth_gates(timm.create_model(f'local-dir:{tmp_path}', pretrained=True))
     assert (gates.mode, gates.schedule, gates.drop_path_rates[0]) == ('subset', 'uniform', 0.2)
 
@@ -258,3 +258,10 @@ def test_processes_of_different_seeds_are_refused(tmp_path, other):
         assert all('in one process and' in error for error in refused)
     else:
         assert [output for output, _ in outputs] == ['trained\n'] * 2, outputs
+
+
+def test_a_network_that_can_not_be_counted_trains_all_the_same(prefix, capsys, monkeypatch):
+    prefix()
+    monkeypatch.setattr(timm_sd.prefix, 'computed_share', lambda *_: 1 / 0)
+    assert small(drop_path_rate=0.3).training
+    assert capsys.readouterr().err.endswith('linear to a rate of 0.3, seed 0\n')
