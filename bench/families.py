@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_model_input_config
 from tqdm import tqdm
 
 import timm_sd
@@ -44,12 +45,19 @@ def smallest(module: str) -> str:
     return min(sizes, key=lambda name: sizes[name])
 
 
+def pictures(model: Any, number: int) -> torch.Tensor:
+    """Random pictures of the network's own size, or smaller ones where it takes those: some ask for 896 px."""
+    config = get_model_input_config(model)
+    channels, *size = config['input_size']
+    return torch.rand(number, channels, *(size if config['fixed_input_size'] else [min(side, 224) for side in size]))
+
+
 def without_gradient(model: Any, closed: bool) -> set[str]:
     """The parameters that a training step, with all gates open or all closed, leaves without a gradient."""
     gates: Any = timm_sd.depth_gates(model)
     gates.draw = lambda: setattr(gates, 'open', [not closed] * len(gates.open))
     model.train()
-    output = model(torch.rand(2, *model.pretrained_cfg['input_size']))
+    output = model(pictures(model, 2))
     (output[0] if isinstance(output, tuple) else output).square().mean().backward()
     missing = {name for name, param in model.named_parameters() if param.grad is None}
     model.zero_grad()
@@ -61,19 +69,19 @@ def try_family(module: str) -> str:
     name = smallest(module)
     try:
         model: Any = timm.create_model(name).eval()
-        x = torch.rand(1, *model.pretrained_cfg['input_size'])
+        x = pictures(model, 1)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             before = model(x)
-            closable, open_ = residual_blocks(model)
+            closable, open_ = residual_blocks(model, example_input=x)
             scale_eval = 'yes'
             try:
-                timm_sd.add_stochastic_depth(model, 0.5, scale='eval')
+                timm_sd.add_stochastic_depth(model, 0.5, scale='eval', example_input=x)
             except ValueError as error:
                 if not closable:
                     raise
                 scale_eval = f'no: {"".join(re.findall("the branch of .* p_l", str(error)))}'
-                timm_sd.add_stochastic_depth(model, 0.5)
+                timm_sd.add_stochastic_depth(model, 0.5, example_input=x)
             same = torch.equal(model(x), before) if isinstance(before, torch.Tensor) else True
         step = without_gradient(model, closed=True) <= without_gradient(model, closed=False)
     except Exception as error:

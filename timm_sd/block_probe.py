@@ -261,17 +261,18 @@ class BlockProbe:
         self.run(self.inputs[0], ends)
         before = self.branches
 
-        def halves(call: Call, layer: nn.Module, names: tuple[str, ...], rtol: float) -> bool:
+        def halves(call: Call, layer: nn.Module, names: tuple[str, ...], tolerance: float) -> bool:
             with changed([getattr(layer, name) for name in names], lambda value: value / 2):
                 self.run(self.inputs[0], ends)
-            return torch.allclose(self.branches[call], before[call] / 2, rtol=rtol, atol=1e-6)
+            half = before[call] / 2
+            return bool((self.branches[call] - half).norm() <= tolerance * half.norm())
 
         def find(call: Call) -> Affine | None:
             for layer, names in layers:
                 # Nearly, for a weight that is standardised before it is used scales nothing: then without it.
-                if names and halves(call, layer, names, rtol=1e-2):
+                if names and halves(call, layer, names, tolerance=1e-2):
                     for part in (*combinations(names, len(names) - 1), names):
-                        if part and halves(call, layer, part, rtol=1e-3):
+                        if part and halves(call, layer, part, tolerance=1e-4):
                             return Affine(call[0], layer, part)
             return None
 
