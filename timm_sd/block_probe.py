@@ -177,7 +177,7 @@ class BlockProbe:
                 names = [name for name in children[:children.index(path[0])] if any_pair or not has_parameters(name)]
             else:
                 continue
-            found += [((*path, name), y) for name in names if (y := self._through((name,), x)) is not None]
+            found += [((*path, name), y) for name in names if (y := self._tried(name, x)) is not None]
         for path, x in found:
             yield path, True, F.relu(x)
 
@@ -193,21 +193,24 @@ class BlockProbe:
             self.run(self.inputs[0])
         return list(dict.fromkeys(reversed(called)))
 
-    def _through(self, path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor | None:
-        """What the children `path` make of `x`; None if they want something else."""
+    def _through(self, path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        """What the children `path` make of `x`."""
+        for name in path:
+            x = getattr(self.block, name)(x.clone())
+        return x
+
+    def _tried(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        """What a child makes of `x`; None if it wants something else."""
         try:
-            for name in path:
-                x = getattr(self.block, name)(x.clone())
+            y = self._through((name,), x)
         except Exception:
             return None
-        return x if isinstance(x, torch.Tensor) else None
+        return y if isinstance(y, torch.Tensor) else None
 
     def _closes(self, way: Way) -> bool:
         """Whether the way holds for other inputs too, and in training: there may be dropout beside the branch."""
         def holds() -> bool:
             y = self._through(way.shortcut_path, self.inputs[1])
-            if y is None:
-                return False
             return _same(F.relu(y) if way.relu_behind else y, self.run(self.inputs[1], way.ends, factor=0.))
 
         with self._other_arguments():
