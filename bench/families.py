@@ -46,10 +46,12 @@ def smallest(module: str) -> str:
 
 
 def pictures(model: Any, number: int) -> torch.Tensor:
-    """Random pictures of the network's own size, or smaller ones where it takes those: some ask for 896 px."""
+    """Random pictures of the network's own size, or of 224 px where that is large and it takes others."""
     config = get_model_input_config(model)
     channels, *size = config['input_size']
-    return torch.rand(number, channels, *(size if config['fixed_input_size'] else [min(side, 224) for side in size]))
+    if max(size) > 384 and not config['fixed_input_size']:
+        size = [224, 224]
+    return torch.rand(number, channels, *size)
 
 
 def without_gradient(model: Any, closed: bool) -> set[str]:

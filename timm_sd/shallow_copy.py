@@ -27,6 +27,8 @@ class _ShallowCopy(nn.Module):
 
 @cache
 def _shallow_copy_class(module_class: Any) -> Any:
+    if issubclass(module_class, _ShallowCopy):  # a copy of a copy
+        return module_class
     return type(module_class.__name__, (_ShallowCopy, module_class), dict(__module__=module_class.__module__))
 
 

@@ -131,6 +131,27 @@ class OwnChildren(nn.Module):
         return self.blocks(self.stem(x)).mean((2, 3))
 
 
+class OwnNested(nn.Module):
+    """Blocks of two branches whose layers are in one module."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.first, self.second = nn.Identity(), nn.Identity()
+
+        def forward(self, x):
+            x = x + self.first(self.layers[1](F.gelu(self.layers[0](x))))
+            return x + self.second(self.layers[3](F.gelu(self.layers[2](x))))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(3, 8), nn.Sequential(*(self.Block() for _ in range(3)))
+
+    def forward(self, x):
+        return self.blocks(self.stem(x.flatten(2).mT)).mean(1)
+
+
 # --- the rule, as a forward of each class of block, whose branches are multiplied by self.gate
 
 def own_resnet_rule(self, x):
@@ -145,6 +166,11 @@ def own_pre_activation_rule(self, x):
 
 def own_children_rule(self, x):
     return x + self.gate * self.branch(self.norm(x))
+
+
+def own_nested_rule(self, x):
+    x = x + self.gate * self.layers[1](F.gelu(self.layers[0](x)))
+    return x + self.gate * self.layers[3](F.gelu(self.layers[2](x)))
 
 
 def own_sizes_rule(self, x, scale, size):
@@ -212,6 +238,7 @@ NETWORKS = {
     'own transformer': (OwnTransformer, 32, Block, timm_vit_rule, 3),
     'own pre-activation': (OwnPreActivation, 16, OwnPreActivation.Block, own_pre_activation_rule, 3),
     'own children': (OwnChildren, 16, OwnChildren.Block, own_children_rule, 3),
+    'own nested': (OwnNested, 16, OwnNested.Block, own_nested_rule, 3),
     'own sizes': (OwnSizes, 16, OwnSizes.Block, own_sizes_rule, 3),
     'torchvision resnet18': (resnet.resnet18, 64, resnet.BasicBlock, torchvision_resnet_rule, 8),
     'torchvision vit': (lambda: vision_transformer.VisionTransformer(32, 8, 3, 3, 24, 48),
