@@ -56,6 +56,9 @@ def add_stochastic_depth(
     if not residuals:
         raise ValueError(f'{name} has no residual block that could be closed' + (
             f'; its {len(stay_open)} blocks with a drop_path change more than they add to' if stay_open else ''))
+    if mode == 'sample' and not all(residual.slots for residual in residuals):
+        raise ValueError(f"drop_path_mode 'sample' needs a drop_path slot in each block, which {name} lacks; use "
+                         "'batch' or 'subset'")
     if stay_open:
         warnings.warn(f'{name}: {len(stay_open)} of {len(residuals) + len(stay_open)} residual blocks change more than '
                       'they add to, and stay open', stacklevel=2)

@@ -77,12 +77,8 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
             weights that were trained already.
 
     Raises:
-        ValueError: If a branch ends in nothing that can absorb p_l with scale 'eval', or a block has no slot for mode
-            'sample'.
+        ValueError: If a branch ends in nothing that can absorb p_l with scale 'eval'.
     """
-    if gates.mode == 'sample' and not all(residual.slots for residual in residuals):
-        raise ValueError("drop_path_mode 'sample' needs a drop_path slot in each block, which this network's lack; use "
-                         "'batch' or 'subset'")
     if gates.scale == 'eval' and not all(residual.last_affine for residual in residuals):
         raise ValueError("drop_path_scale is 'eval', but not all branches end in a layer that can absorb p_l; use "
                          "'train'")

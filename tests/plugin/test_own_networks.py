@@ -387,6 +387,12 @@ def test_other_sizes_of_images(name):
                                atol=1e-5)
 
 
+def test_mode_sample_needs_slots():
+    with pytest.raises(ValueError, match="'sample' needs a drop_path slot in each block, which OwnResNet lacks"):
+        added('own resnet', mode='sample')
+    assert timm_sd.depth_gates(added('torchvision convnext', mode='sample')).mode == 'sample'
+
+
 WITHOUT_SLOTS = pytest.mark.parametrize('name', ['own resnet', 'own sizes', 'torchvision vit', 'transformers vit'])
 
 
