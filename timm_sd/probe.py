@@ -105,7 +105,7 @@ class _Search:
         self.closable: dict[nn.Module, Residual] = {}
         self.stay_open: list[nn.Module] = []
         self.inputs: dict[nn.Module, torch.Tensor] = {}
-        self.nonnegative: dict[nn.Module, bool] = {}  # whether that was, as a ReLU makes it
+        self.nonnegative: dict[nn.Module, bool] = {}  # whether the input was, as behind a ReLU
         self.before: dict[nn.Module, nn.Module] = {}  # the block whose output a block is given
         self.last_block: nn.Module | None = None
         self.last_output: Any = None
@@ -168,10 +168,11 @@ class _Search:
                              "can absorb p_l; use 'train'")
         if not torch.equal(args[0], x):
             self.before.pop(block, None)  # it writes into its input
+        slots, ends = (slots, ()) if way.ends == slots else ((), way.ends)
         return Residual(
-            block, slots=slots if way.ends == slots else (), branch_ends=way.ends if way.ends != slots else (),
-            shortcut_path=way.shortcut_path, relu_behind=way.relu_behind, last_affine=last_affine, chained=False,
-            nonnegative=self.nonnegative[block], returns_tuple=isinstance(output, tuple), passes_on=passes_on)
+            block, slots=slots, branch_ends=ends, shortcut_path=way.shortcut_path, relu_behind=way.relu_behind,
+            last_affine=last_affine, chained=False, nonnegative=self.nonnegative[block],
+            returns_tuple=isinstance(output, tuple), passes_on=passes_on)
 
     def found(self) -> Found:
         """What was found, but for sums of layers beside each other, as in Inceptions: no residual blocks."""
