@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from harness.cli import make_settings, run_script
 from harness.data.splits import load_splits, make_batches
 from harness.engine import default_amp
+from harness.graphs import check_recordable
 from harness.launch import LaunchSettings, describe_processes, join_processes
 from harness.network import build_network, first_branch_weight, registered_name
 from harness.optimizer import build_optimizer
@@ -33,6 +34,8 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     model = build_network(flags.network, flags.depth, len(class_names), seed).to(accelerator.device)
     if flags.network.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if flags.training.cuda_graphs:
+        check_recordable(model, flags.depth, flags.images.in_memory, accelerator)
     batches = {name: make_batches(images, flags.images, model.pretrained_cfg, accelerator,
                                   flags.augmentation if name == 'train' else None, seed)
                for name, images in loaded.items()}
@@ -57,7 +60,8 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
         depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'
     sizes = '/'.join(str(batches.images) for batches in trainer.batches.values())
     return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), {"bf16" if network.amp else "fp32"}'
-            f'{", channels_last" if network.channels_last else ""} | '
+            f'{", channels_last" if network.channels_last else ""}'
+            f'{", CUDA graphs" if flags.training.cuda_graphs else ""} | '
             f'{describe_processes(trainer.accelerator)} x batch {flags.images.batch_size} | {network.model}'
             f'{f" (compiled {flags.depth.compile})" if flags.depth.compile else ""} | '
             f'{flags.source.name} {sizes} train/val/test | {depth} | {trainer.folder.path}')

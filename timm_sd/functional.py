@@ -54,7 +54,7 @@ class _ScaleGradients(torch.autograd.Function):
     """Hands tensors through, and multiplies their gradients by a factor."""
 
     @staticmethod
-    def forward(ctx: Any, factor: float, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, factor: float | torch.Tensor, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.factor = factor
         return tuple(param.view_as(param) for param in params)
 
@@ -70,7 +70,7 @@ class _ScaleGradients(torch.autograd.Function):
         return tuple(tangent.view_as(tangent) for tangent in tangents)
 
 
-def scale_gradients(params: Sequence[torch.Tensor], factor: float) -> Sequence[torch.Tensor]:
+def scale_gradients(params: Sequence[torch.Tensor], factor: float | torch.Tensor) -> Sequence[torch.Tensor]:
     """The same parameters, whose gradients reach them times `factor`: the paper's eq. 5 with plain stored weights.
 
     The paper trains s + g n + b, where n is what the branch's last batch norm normalised, and evaluates
@@ -84,6 +84,34 @@ def scale_gradients(params: Sequence[torch.Tensor], factor: float) -> Sequence[t
     if torch._C._are_functorch_transforms_active():  # as in `closed_block`
         return [torch.lerp(param.detach(), param, factor) for param in params]
     return _ScaleGradients.apply(factor, *params)
+
+
+class _AddScaled(torch.autograd.Function):
+    """shortcut + factor * residual with a factor that is a tensor, in one kernel, and one in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: torch.Tensor, residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        # As the alpha of torch.add is rounded: on a CPU to the dtype of the tensors, on a GPU not at all. Operators
+        # round a tensor without dimensions, and promote to the dtype of one that has some.
+        ctx.factor = factor.view([1] * residual.ndim) if factor.is_cuda else factor
+        return torch.addcmul(shortcut, residual, ctx.factor, out=torch.empty_like(residual))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        return grad, torch.mul(grad, ctx.factor, out=torch.empty_like(grad)), None
+
+
+def add_scaled(shortcut: torch.Tensor, residual: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """shortcut + factor * residual, each (B, C, H, W), in one kernel.
+
+    Args:
+        shortcut: Output of the shortcut path.
+        residual: Output of the branch, of the same dtype.
+        factor: 1 / p_l; as a tensor (), float32, what is recorded with it follows its value.
+    """
+    if isinstance(factor, torch.Tensor):
+        return _AddScaled.apply(shortcut, residual, factor)
+    return torch.add(shortcut, residual, alpha=factor)
 
 
 def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,

@@ -247,7 +247,7 @@ class ResNetCifar(nn.Module):
         take_indices, max_index = feature_take_indices(3, indices)
         layers = [self.layer1, self.layer2, self.layer3]
         intermediates = []
-        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.forward_stem(x)
         for index, layer in enumerate(layers[:max_index + 1] if stop_early else layers):
             x = layer(x)
             if index in take_indices:
@@ -264,10 +264,13 @@ class ResNetCifar(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) -> (B, 16, H, W)."""
+        return self.act1(self.bn1(self.conv1(x)))
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, 64, H / 4, W / 4)."""
-        x = self.act1(self.bn1(self.conv1(x)))
-        return self.layer3(self.layer2(self.layer1(x)))
+        return self.layer3(self.layer2(self.layer1(self.forward_stem(x))))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """(B, 64, H, W) -> logits (B, num_classes), or pooled features (B, 64) with `pre_logits`."""

@@ -15,23 +15,25 @@ def features(output: Any) -> Any:
 
 
 @torch.compiler.disable
-def scaled_block(block: Any, slots: dict[str, Any], factor: float) -> Any:
+def scaled_block(block: Any, slots: dict[str, Any], factor: float | torch.Tensor,
+                 gradient_factor: float | torch.Tensor | None = None) -> Any:
     """A shallow copy of `block`, a `SkippableBlock`, whose branch is multiplied by `factor`, 1 / p_l in an open block.
 
     Args:
         block: The block.
         slots: Those of its `drop_path_slots` that drop.
-        factor: 0 for a branch that doesn't count.
+        factor: 0 for a branch that doesn't count. A tensor where the block's slots scale its branch.
+        gradient_factor: p_l ** 2, of the gradients of its last affine layer with scale 'eval'. None leaves them alone.
     """
     scaled = shallow_copy(block, '_modules')
     for name, slot in slots.items():
         scaled._modules[name] = shallow_copy(slot)
         scaled._modules[name].__dict__['factor'] = 1. if block.branch_ends else factor
-    if next(iter(slots.values())).gates.scale == 'eval' and factor not in (0., 1.):
+    if gradient_factor is not None and next(iter(slots.values())).gates.scale == 'eval':
         for end, path, names, others in block.last_affine:
             if end in slots or block.branch_ends:
-                _scale_gradients(scaled, path, names, others, factor ** -2)
-    for name in block.branch_ends if factor != 1. else ():
+                _scale_gradients(scaled, path, names, others, gradient_factor)
+    for name in block.branch_ends if block.branch_ends and factor != 1. else ():
         scaled._modules[name] = _ScaledOutput(scaled._modules[name], factor)
     return scaled
 
@@ -42,7 +44,7 @@ class _ScaledOutput(nn.Module):
     Of another type, so that torch.compile doesn't take the graph of the one for the other.
     """
 
-    def __init__(self, module: nn.Module, factor: float) -> None:
+    def __init__(self, module: nn.Module, factor: float | torch.Tensor) -> None:
         super().__init__()
         self.module, self.factor = module, factor
 
@@ -55,7 +57,8 @@ class _ScaledOutput(nn.Module):
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-def _scale_gradients(block: Any, path: list[str], names: list[str], others: int, factor: float) -> None:
+def _scale_gradients(block: Any, path: list[str], names: list[str], others: int,
+                     factor: float | torch.Tensor) -> None:
     """Replaces the layer at `path` by a copy whose parameters get the gradient of eq. 5, see `scale_gradients`.
 
     A layer that has other parameters by now, such as by fusing, pruning, weight norm or LoRA, is left alone, and so is

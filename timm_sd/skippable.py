@@ -18,7 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from .functional import closed_block, on_channels_last
+from .functional import add_scaled, closed_block, on_channels_last
 from .gates import DepthGates
 from .scaled_block import features, parameters_of, scaled_block
 from .shallow_copy import has_hooks
@@ -43,7 +43,8 @@ class DropPathSlot(DropPath):
         self.scale_by_keep = True
         self.gates = gates
         self.index = index
-        self.factor: float | None = None  # of the branch, in the copy of the slot that a forward pass runs
+        # Of the branch, in the copy of the slot that a forward pass runs.
+        self.factor: float | torch.Tensor | None = None
 
     @property
     def drop_prob(self) -> float:
@@ -152,6 +153,17 @@ class SkippableBlock(nn.Module):
             y = module(y.clone() if getattr(module, 'inplace', False) else y)
         return F.relu(y) if self.relu_behind and not (y is x and self.nonnegative) else y
 
+    def run_open(self, x: torch.Tensor, factor: torch.Tensor, gradient_factor: torch.Tensor) -> torch.Tensor:
+        """The output of the block if it is open, for a recording: no gate is asked, and p_l may change later.
+
+        Args:
+            x: Its input, (B, C, H, W).
+            factor: 1 / p_l, on the device, ().
+            gradient_factor: p_l ** 2, likewise; see `scale_gradients`.
+        """
+        slots = {name: self._modules[name] for name in self.drop_path_slots}
+        return _run(scaled_block(self, slots, factor, gradient_factor), x)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), 'compiled_forward': None}  # as nn.Module leaves out what it compiled
 
@@ -228,7 +240,9 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
         y = features(_run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
         return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)), args)
     if draw.open[slot.index]:
-        return _run(scaled_block(block, slots, 1. / survival_prob if slot.scale_by_keep else 1.), x, *args, **kwargs)
+        scales = slot.scale_by_keep and survival_prob < 1.
+        factors = (1. / survival_prob, survival_prob ** 2) if scales else (1., None)
+        return _run(scaled_block(block, slots, *factors), x, *args, **kwargs)
     if not all_slots:  # the branch of the other module runs
         return _run(scaled_block(block, slots, 0.), x, *args, **kwargs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -259,5 +273,5 @@ def add_branch(block: nn.Module, shortcut: torch.Tensor, residual: torch.Tensor)
     """
     slot: Any = block.drop_path
     if isinstance(slot, DropPathSlot) and slot.factor is not None and not has_hooks(slot):
-        return torch.add(shortcut, residual, alpha=slot.factor)
+        return add_scaled(shortcut, residual, slot.factor)
     return shortcut + slot(residual)

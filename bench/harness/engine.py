@@ -16,9 +16,9 @@ from harness.data.batches import Batches
 Autocast = Callable[[], AbstractContextManager]
 
 
-def autocast(device: torch.device, enabled: bool) -> Autocast:
-    """What to run the forward pass in: bf16 autocast, or nothing."""
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def autocast(device: torch.device, enabled: bool, cache: bool = True) -> Autocast:
+    """What to run the forward pass in: bf16 autocast, or nothing. `cache` keeps the bf16 weights during a pass."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
 def default_amp(device_type: str) -> bool:
@@ -47,6 +47,10 @@ class TrainStep:
     smoothing: float = 0.
     grad_accum_steps: int = 1
 
+    def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The sum of the losses of logits (B, classes), in fp32."""
+        return F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=self.smoothing)
+
     def backward(self, x: torch.Tensor, target: torch.Tensor, images: int, is_update: bool) -> torch.Tensor:
         """Adds the gradient of one batch to that of its update.
 
@@ -62,7 +66,7 @@ class TrainStep:
         with nullcontext() if is_update else self.accelerator.no_sync(self.model):
             with self.amp():
                 logits = self.model(x)
-            loss = F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=self.smoothing)
+            loss = self.loss(logits, target)
             # DDP averages over processes, whose shares of the last batch may differ: divide by all images here.
             self.accelerator.backward(loss * (self.accelerator.num_processes / images))
         return loss.detach()

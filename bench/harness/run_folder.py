@@ -29,7 +29,7 @@ from harness.files import make_folder, read_parts, write_atomic, write_csv, writ
 
 # Flags that change nothing that is computed: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
-              'require_processes', 'grad_checkpointing')
+              'require_processes', 'grad_checkpointing', 'cuda_graphs')
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from harness.cli import flag, positive_int, unit_interval
 from harness.data.batches import Batches
 from harness.engine import TrainStep, autocast, evaluate, train_epoch
 from harness.errors import UserError
+from harness.graphs import RecordedStep
 from harness.machine import hardware
 from harness.run_folder import RunFolder
 
@@ -29,6 +30,8 @@ class TrainingSettings:
     eval_interval: int | None = flag(None, 'validate within the epochs too', type=positive_int, metavar='UPDATES')
     log_gradients: bool = flag(False, "mean absolute gradient of the first block's first layer, by epoch, into "
                                       'summary.csv')
+    cuda_graphs: bool = flag(False, 'record each block of sd_resnet*_cifar once as CUDA graphs, and replay the open '
+                                    'ones (not yet run on a GPU; on a CPU it is tried without)')
     log_interval: int = flag(20, 'steps between updates of the progress bar', type=positive_int)
     checkpoint_hist: int = flag(2, 'checkpoints to keep', type=positive_int)
 
@@ -42,7 +45,7 @@ class Progress:
         best_epoch: The epoch, from 0, whose weights are kept.
         best_top1: Their accuracy on the validation images, in percent.
         rows: Of summary.csv, one an epoch.
-        hardware: What each epoch was trained on.
+        hardware: What each epoch was trained on, and whether its steps were recorded.
     """
     epoch: int = 0
     best_epoch: int = 0
@@ -101,8 +104,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.remove_after(self.progress.epoch)
         model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        step = TrainStep(model, optimizer, self.accelerator, autocast(self.accelerator.device, self.amp),
-                         self.settings.smoothing, self.settings.grad_accum_steps)
+        recorded = self.settings.cuda_graphs
+        amp = autocast(self.accelerator.device, self.amp, cache=not recorded)
+        step = (RecordedStep if recorded else TrainStep)(
+            model, optimizer, self.accelerator, amp, self.settings.smoothing, self.settings.grad_accum_steps)
         images = self.batches['train'].images
         with tqdm(total=self.epochs * images, initial=self.progress.epoch * images, unit=' images',
                   mininterval=1. if sys.stderr.isatty() else 60.,
@@ -180,7 +185,7 @@ class Trainer:
     def save(self, row: dict[str, float]) -> None:
         """Ends an epoch: adds its row, and saves a checkpoint and summary.csv."""
         self.progress.rows.append(row)
-        self.progress.hardware.append(hardware(self.accelerator, self.amp))
+        self.progress.hardware.append(dict(hardware(self.accelerator, self.amp), cuda_graphs=self.settings.cuda_graphs))
         self.progress.epoch += 1
         if self.accelerator.is_main_process:
             state = dict(vars(self.progress), network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
