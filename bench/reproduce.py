@@ -52,7 +52,7 @@ def step_seconds(depth: int, grad_checkpointing: bool) -> float:
     timed = min(152, depth)  # what is deeper takes long to try; time is linear in the blocks
     contestant = Contestant(build(f'sd_resnet{timed}_cifar', CONSTANT),
                             StepSettings(steps=3, grad_checkpointing=grad_checkpointing))
-    turns = [contestant.time_turn(contestant.bare, 0) for _ in range(3)]  # the first warms up
+    turns = [contestant.time_turn(contestant.bare, 0)[0] for _ in range(3)]  # the first warms up
     return statistics.mean(turns[1:]) * (depth - 2) / (timed - 2)
 
 

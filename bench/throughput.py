@@ -2,6 +2,8 @@
 
     python bench/throughput.py --drop-path 0.5 0.8                    # constant depth, this project, timm's DropPath
     python bench/throughput.py --modes constant batch torchvision-row --compiled
+    python bench/throughput.py --cuda-graphs                          # recorded steps beside eager ones, for a GPU
+    python bench/throughput.py --verify                               # do recorded steps compute what eager ones do?
     python bench/throughput.py --model resnet50 vit_small_patch16_224 --drop-path-schedule uniform -b 8
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
@@ -11,6 +13,7 @@
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
 """
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,16 @@ from harness.cli import Parser, add_flags, drop_rate, flag, make_settings, run_s
 from harness.engine import default_amp
 from harness.errors import UserError
 from harness.files import write_csv, write_json
+from harness.graphs import check_recordable
 from harness.machine import hardware, versions
-from harness.network import registered_name
+from harness.network import DepthSettings, registered_name
 from timing.contestants import CONSTANT, DROPS, Contestant, StepSettings, Variant, build, has_stages
 from timing.end_to_end import EndToEndSettings
 from timing.host import host_costs
 from timing.plots import save_ratios, save_sweep
 from timing.prefix import measure_prefix
 from timing.rows import flat, measure, measure_epochs, measure_sweep
+from timing.verify import describe, is_right, verify
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,17 @@ class ContestantSettings:
     drop_path_schedule: str = flag('linear', 'of p_l over the blocks', choices=timm_sd.SCHEDULES)
     drop_path_scale: str = flag('train', 'of mode batch', choices=timm_sd.SCALES)
     compiled: bool = flag(False, 'time each mode with compiled branches too')
+    cuda_graphs: bool = flag(False, 'time modes constant and batch of sd_resnet*_cifar as CUDA graphs too (on a CPU: '
+                                    'the stand-in, to try it)')
 
     def variants(self) -> list[Variant]:
         """The contestants on each network; modes other than 'batch' know the scale 'train' alone."""
         plain = [CONSTANT if mode == 'constant' else Variant(
             mode, value, self.drop_path_schedule, self.drop_path_scale if mode == 'batch' else 'train')
             for mode in self.modes for value in (self.drop_path if mode != 'constant' else [0.])]
-        return plain + [variant._replace(compiled=True) for variant in plain if self.compiled]
+        plain += [variant._replace(compiled=True) for variant in plain if self.compiled]
+        return plain + [variant._replace(cuda_graphs=True) for variant in plain
+                        if self.cuda_graphs and variant.mode in ('constant', 'batch')]
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class MeasurementSettings:
     profile: bool = flag(False, 'the operators of a step, with their times and counts')
     end_to_end: bool = flag(False, 'whole epochs of train.py, on the CPU')
     host: bool = flag(False, 'what the gate of a block costs the host, in microseconds')
+    verify: bool = flag(False, 'whether recorded steps compute what eager ones do, which is compared with itself too')
     prefix: bool = flag(False, "timm's train.py with python -m timm_sd in front and without, on the CPU")
     output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
@@ -65,21 +75,22 @@ class MeasurementSettings:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a row; what wasn't measured stays empty."""
     print(f'{"network":20}{"":32}{"batch":>6}{"s/step":>9}{"images/s":>10}{"ratio":>8}   {"quartiles":16}{"limit":>7}'
-          f'{"share":>7}{"MiB":>8}')
+          f'{"share":>7}{"host s":>9}{"kernels":>9}{"MiB":>8}')
     for row in rows:
         ratio, share = row['ratio'], row.get('share_of_saving', {}).get('median', '')
+        host = f'{row["host_seconds"]["median"]:.4f}' if 'kernels' in row else ''  # on a CPU it is the whole step
         print(f'{row["model"]:20}{row["name"]:32}{row["batch_size"]:6}{row["step_seconds"]["median"]:9.4f}'
               f'{row["images_per_second"]:10.1f}{ratio["median"]:8.3f}   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}  '
-              f'{row.get("limit", ""):>7}{share:>7}{row.get("peak_mib", ""):>8}')
+              f'{row.get("limit", ""):>7}{share:>7}{host:>9}{row.get("kernels", ""):>9}{row.get("peak_mib", ""):>8}')
 
 
 def print_profile(model: str, variant: Variant, steps: StepSettings) -> None:
     """The operators of a turn of training steps by the time they take themselves."""
-    contestant = Contestant(build(model, variant), steps, variant.compiled)
+    contestant = Contestant(build(model, variant), steps, variant.compiled, variant.cuda_graphs)
     contestant.bare()
     with torch.profiler.profile() as profile:
         contestant.bare()
-    sort_by = 'self_cpu_time_total' if contestant.accelerator.device.type == 'cpu' else 'self_device_time_total'
+    sort_by = 'self_cpu_time_total' if contestant.step.accelerator.device.type == 'cpu' else 'self_device_time_total'
     print(f'{model}, {variant.label}, {steps.steps} steps')
     print(profile.key_averages().table(sort_by=sort_by, row_limit=16, max_name_column_width=40))
 
@@ -90,8 +101,8 @@ def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end
         registered_name(name)
         if what.sweep and not has_stages(name):
             raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
-    if what.sweep + what.profile + what.end_to_end + what.host + what.prefix > 1:
-        raise UserError('--sweep, --profile, --end-to-end, --host and --prefix measure different things; give one')
+    if what.sweep + what.profile + what.end_to_end + what.host + what.verify + what.prefix > 1:
+        raise UserError('--sweep, --profile, --end-to-end, --host, --verify and --prefix do different things; give one')
     if what.prefix and end_to_end.timm_train is None:
         raise UserError("--prefix runs timm's train.py; say with --timm-train where it is")
     if min(contestants.drop_path) == 0:
@@ -109,7 +120,7 @@ def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machi
         key: flags[key] and Path(flags[key]).name for key in ('timm_train', 'data_dir')})
     write_json(prefix.with_suffix('.json'), dict(rows=rows, args=args, hardware=machine, versions=versions()))
     write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
-    if flags['host'] or flags['prefix']:
+    if flags['host'] or flags['prefix'] or flags['verify']:
         return
     (save_sweep if flags['sweep'] else save_ratios)(rows, prefix.with_suffix('.png'))
 
@@ -123,6 +134,10 @@ def main() -> None:
     end_to_end, what = make_settings(EndToEndSettings, flags), make_settings(MeasurementSettings, flags)
     check(contestants, what, end_to_end)
     accelerator = Accelerator(cpu=what.end_to_end or what.host or what.prefix)  # as train.py runs there
+    if contestants.cuda_graphs or what.verify:
+        depth = DepthSettings(grad_checkpointing=steps.grad_checkpointing, torchcompile_mode=steps.torchcompile_mode)
+        for name in contestants.model:
+            check_recordable(build(name, CONSTANT), depth, True, accelerator)
     amp = default_amp(accelerator.device.type) if steps.amp is None else steps.amp
     rate, variants = contestants.drop_path[0], contestants.variants()
     if what.profile:
@@ -130,7 +145,10 @@ def main() -> None:
             for variant in variants:
                 print_profile(name, variant, steps)
         return
-    if what.host:
+    if what.verify:
+        rows = [row for name in contestants.model for variant in variants if variant.mode in ('constant', 'batch')
+                for row in verify(name, variant, steps.batch_size)]
+    elif what.host:
         rows = host_costs(steps.rounds)
     elif what.prefix:
         rows = [row for name in contestants.model for row in measure_prefix(
@@ -143,7 +161,9 @@ def main() -> None:
                 for row in measure_epochs(name, rate, steps.batch_size, amp, end_to_end)]
     else:
         rows = [row for name in contestants.model for row in measure(name, variants, steps)]
-    if what.host:
+    if what.verify:
+        print(*map(describe, rows), sep='\n')
+    elif what.host:
         for row in rows:
             print('{name:40}{median:7.1f} us   {q1:.1f} to {q3:.1f}'.format(**row, **row['microseconds']))
     elif what.prefix:
@@ -154,6 +174,8 @@ def main() -> None:
         print_table(rows)
     if what.output:
         write(Path(what.output), rows, vars(flags), hardware(accelerator, amp))
+    if what.verify and not is_right(rows):
+        sys.exit('the recorded step differs where the eager one repeats itself')
 
 
 if __name__ == '__main__':

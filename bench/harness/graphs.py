@@ -245,11 +245,12 @@ class RecordedStep(TrainStep):
             self.rates = self.gates.drop_path_rates
             survival = 1. - torch.tensor(self.rates, dtype=torch.float64)
             self.factors.copy_(torch.stack([1. / survival, survival ** 2]))
-        active = self.gates.active
-        recording = self.recordings.get((x.shape, active))
-        if recording is None:
-            recording = self.recordings[x.shape, active] = self.record(x, target)
-        return recording.replay(x, target, images, self.gates.draw() if active else [True] * len(self.gates.open))
+        key = x.shape, self.gates.active
+        if key not in self.recordings:
+            self.recordings[key] = self.record(x, target)
+        recording = self.recordings[key]
+        is_open = self.gates.draw() if self.gates.active else [True] * len(recording.blocks)
+        return recording.replay(x, target, images, is_open)
 
     def record(self, x: torch.Tensor, target: torch.Tensor) -> Recording:
         """A recording, which leaves batch norm's statistics and the gradients as they are."""

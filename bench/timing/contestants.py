@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -28,6 +27,7 @@ from harness.cli import flag, number, positive_int
 from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import TrainStep, autocast, default_amp, train_epoch
 from harness.errors import UserError
+from harness.graphs import RecordedStep
 from timm_sd.probe import residual_blocks
 
 # Ways of dropping: none, this project's modes, and torchvision's StochasticDepth.
@@ -56,26 +56,31 @@ class Variant(NamedTuple):
         schedule: Of the survival probabilities.
         scale: Of mode 'batch', 'train' or 'eval'.
         compiled: Whether the branches are compiled.
+        cuda_graphs: Whether the steps are recorded.
     """
     mode: str
     drop_path: float
     schedule: str = 'linear'
     scale: str = 'train'
     compiled: bool = False
+    cuda_graphs: bool = False
 
     @property
     def label(self) -> str:
         """For people; results are told apart by the fields."""
         p_last = '' if self.mode == 'constant' else f', p_L {1 - self.drop_path:g}'
         uniform = ' uniform' if self.schedule == 'uniform' and p_last else ''
-        return f'{self.mode}{p_last}{uniform}{", compiled" if self.compiled else ""}'
+        how = f'{", compiled" if self.compiled else ""}{", CUDA graphs" if self.cuda_graphs else ""}'
+        return f'{self.mode}{p_last}{uniform}{how}'
 
     def describes(self, row: dict[str, Any]) -> bool:
         """Whether a row of throughput.py has the steps of this variant."""
-        return row.get('loop') is False and all(row.get(field) == value for field, value in self._asdict().items())
+        fields = dict(self._field_defaults, **row)  # rows that are older than a field
+        return row.get('loop') is False and all(fields.get(name) == value for name, value in self._asdict().items())
 
 
 CONSTANT = Variant('constant', 0.)
+RECORDED = CONSTANT._replace(cuda_graphs=True)
 
 
 def build(model: str, variant: Variant) -> Any:
@@ -111,14 +116,14 @@ class Contestant:
         model: The network.
         settings: Of its steps.
         compiled: Compile its branches.
+        cuda_graphs: Record its steps.
     """
 
-    def __init__(self, model: Any, settings: StepSettings, compiled: bool = False) -> None:
-        self.accelerator = Accelerator()
-        device = self.accelerator.device
+    def __init__(self, model: Any, settings: StepSettings, compiled: bool = False, cuda_graphs: bool = False) -> None:
+        accelerator = Accelerator()
+        device = accelerator.device
         torch.backends.cudnn.benchmark = True  # as train.py
-        self.amp = autocast(device, default_amp(device.type) if settings.amp is None else settings.amp)
-        self.model = model.to(device).to(memory_format=torch.channels_last).train()
+        model = model.to(device).to(memory_format=torch.channels_last).train()
         if settings.grad_checkpointing:
             model.set_grad_checkpointing()
         if compiled and timm_sd.depth_gates(model):
@@ -126,9 +131,8 @@ class Contestant:
         elif compiled:
             for residual in residual_blocks(model)[0]:
                 residual.block.compile(mode=settings.torchcompile_mode, dynamic=False)
-        self.optimizer = create_optimizer_v2(self.model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False,
-                                             fused=True)
-        self.gates = timm_sd.depth_gates(model)
+        self.model, self.gates, self.step = model, timm_sd.depth_gates(model), make_step(
+            model, accelerator, default_amp(device.type) if settings.amp is None else settings.amp, cuda_graphs)
         size = model.pretrained_cfg['input_size']
         pictures = torch.randint(256, (settings.batch_size * settings.steps, *size), dtype=torch.uint8)
         data = ImageSet(pictures, torch.randint(10, (len(pictures),)), [str(n) for n in range(10)])
@@ -136,34 +140,37 @@ class Contestant:
                                train=True, crop_padding=4, hflip=0.5)
         self.x, self.target, _ = next(iter(self.batches))
 
-    def time_turn(self, turn: Callable[[], None], round_: int) -> float:
-        """Seconds a step of a turn, whose gates are those of epoch `round_`."""
+    def time_turn(self, turn: Callable[[], None], round_: int) -> tuple[float, float]:
+        """Seconds a step of a turn, and of the host alone until it had started everything.
+
+        Args:
+            turn: `bare` or `loop`.
+            round_: The gates are those of the epoch with this number.
+        """
         if self.gates is not None:
             self.gates.set_epoch(round_)
         self.synchronize()
         start = time.perf_counter()
         turn()
+        started = time.perf_counter()
         self.synchronize()
-        return (time.perf_counter() - start) / len(self.batches)
+        return (time.perf_counter() - start) / len(self.batches), (started - start) / len(self.batches)
 
     def synchronize(self) -> None:
-        if self.accelerator.device.type == 'cuda':
+        if self.step.accelerator.device.type == 'cuda':
             torch.cuda.synchronize()
 
     def bare(self) -> None:
         """A turn of forward, backward and update on one batch that is there already."""
         for _ in range(len(self.batches)):
-            with self.amp():
-                loss = F.cross_entropy(self.model(self.x), self.target)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.step.backward(self.x, self.target, len(self.x), is_update=True)
+            self.step.update()
 
     def loop(self) -> None:
         """A turn of the whole training loop: the same gates, with order, augmentation and logging."""
-        scheduler, _ = create_scheduler_v2(self.optimizer, 'constant', 1, updates_per_epoch=len(self.batches))
-        train_epoch(TrainStep(self.model, self.optimizer, self.accelerator, self.amp), self.batches, scheduler, 0,
-                    tqdm(total=len(self.batches.data), file=io.StringIO()), log_interval=20)
+        scheduler, _ = create_scheduler_v2(self.step.optimizer, 'constant', 1, updates_per_epoch=len(self.batches))
+        train_epoch(self.step, self.batches, scheduler, 0, tqdm(total=len(self.batches.data), file=io.StringIO()),
+                    log_interval=20)
 
     def draws(self, round_: int) -> list[list[bool]]:
         """The gates of a turn, by step; none where a network has no gates."""
@@ -172,54 +179,84 @@ class Contestant:
         self.gates.set_epoch(round_)
         return [self.gates.draw() for _ in range(len(self.batches))]
 
+    def kernels(self) -> float | None:
+        """Kernels and copies that a GPU runs in a step; None on a CPU."""
+        if self.step.accelerator.device.type != 'cuda':
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.time_turn(self.bare, 0)
+        counts = [event.count for event in profile.key_averages()
+                  if event.device_type == torch.autograd.DeviceType.CUDA]
+        return round(sum(counts) / len(self.batches), 1)
+
+
+def make_step(model: Any, accelerator: Accelerator, amp: bool, cuda_graphs: bool) -> TrainStep:
+    """The training step of train.py, recorded or not, with the paper's optimiser."""
+    optimizer = create_optimizer_v2(model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False, fused=True)
+    kind = RecordedStep if cuda_graphs else TrainStep
+    return kind(model, optimizer, accelerator, autocast(accelerator.device, amp, cache=not cuda_graphs))
+
 
 class Timings(NamedTuple):
     """What `time_in_turns` measured.
 
     Attributes:
         seconds: Seconds a step in each round, by variant.
-        loop: Likewise of the first variant of mode 'batch' inside the whole training loop; empty without one.
+        host_seconds: Seconds that the host took to start them.
+        loops: Seconds a step inside the whole training loop, of the first variant of mode 'batch', and of the first one
+            that is recorded.
         draws: The gates of each step in each round, by variant.
-        block_seconds: What each block costs; empty where that can't be weighed.
+        block_seconds: What each block costs in an eager step (False) and in a recorded one (True), where it was
+            weighed.
+        kernels: Kernels a step, by variant; None on a CPU.
     """
     seconds: dict[Variant, list[float]]
-    loop: list[float]
+    host_seconds: dict[Variant, list[float]]
+    loops: dict[Variant, list[float]]
     draws: dict[Variant, list[list[list[bool]]]]
-    block_seconds: list[float]
+    block_seconds: dict[bool, list[float]]
+    kernels: dict[Variant, float | None]
 
 
 def time_in_turns(model: str, variants: list[Variant], settings: StepSettings) -> Timings:
-    """Times the bare steps of `variants`, and the first of mode 'batch' inside the whole training loop too.
+    """Times the bare steps of `variants`, and of mode 'batch' the whole training loop too.
 
     Args:
         model: Name of the network.
-        variants: The contestants; `CONSTANT` must be among them.
+        variants: The contestants; `CONSTANT` must be among them, and `RECORDED` if any is recorded.
         settings: Of their steps.
     """
     torch.manual_seed(0)
-    contestants = {variant: Contestant(build(model, variant), settings, variant.compiled) for variant in variants}
-    shortened = {stage: Contestant(without_stage(model, stage), settings) for stage in STAGES if has_stages(model)}
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
-    without: dict[str, list[float]] = {stage: [] for stage in shortened}
-    loop: list[float] = []
-    turns = [(seconds[variant], contestant, contestant.bare) for variant, contestant in contestants.items()]
-    turns += [(without[stage], contestant, contestant.bare) for stage, contestant in shortened.items()]
-    looping = next((contestants[variant] for variant in variants if variant.mode == 'batch'), None)
-    if looping is not None:
-        turns.append((loop, looping, looping.loop))
+    contestants = {variant: Contestant(build(model, variant), settings, variant.compiled, variant.cuda_graphs)
+                   for variant in variants}
+    recorded = (False, True) if RECORDED in variants else (False,)
+    shortened = {(stage, kind): Contestant(without_stage(model, stage), settings, cuda_graphs=kind)
+                 for kind in recorded for stage in STAGES if has_stages(model)}
+    looping = [next(variant for variant in variants if variant.mode == 'batch' and variant.cuda_graphs == kind)
+               for kind in recorded if any(variant.mode == 'batch' for variant in variants)]
+    timed = [*((contestant, contestant.bare) for contestant in (*contestants.values(), *shortened.values())),
+             *((contestants[variant], contestants[variant].loop) for variant in looping)]
+    found: dict[Any, list[tuple[float, float]]] = {key: [] for key in (
+        *contestants, *shortened, *((variant, 'loop') for variant in looping))}
     for round_ in tqdm(range(-1, settings.rounds), desc=f'{model}, rounds, the first to warm up', leave=False):
-        for elapsed, contestant, turn in turns:
-            elapsed.append(contestant.time_turn(turn, max(round_, 0)))
+        for (contestant, turn), turns in zip(timed, found.values(), strict=True):
+            turns.append(contestant.time_turn(turn, max(round_, 0)))
             if round_ < 0:
-                elapsed.clear()
-    block_seconds: list[float] = []
-    for stage in shortened:
-        saved = [full - short for full, short in zip(seconds[CONSTANT], without[stage], strict=True)]
+                turns.clear()
+    seconds = {key: [elapsed for elapsed, _ in turns] for key, turns in found.items()}
+    block_seconds: dict[bool, list[float]] = {kind: [] for kind in recorded}
+    for stage, kind in shortened:
+        constant = seconds[RECORDED if kind else CONSTANT]
+        saved = [full - short for full, short in zip(constant, seconds[stage, kind], strict=True)]
         blocks = len(getattr(contestants[CONSTANT].model, stage))
-        block_seconds += [statistics.median(saved) / max(1, blocks - 1)] * blocks
-    draws = {variant: [contestant.draws(round_) for round_ in range(settings.rounds)]
-             for variant, contestant in contestants.items()}
-    return Timings(seconds, loop, draws, block_seconds)
+        block_seconds[kind] += [statistics.median(saved) / max(1, blocks - 1)] * blocks
+    return Timings(
+        {variant: seconds[variant] for variant in variants},
+        {variant: [host for _, host in found[variant]] for variant in variants},
+        {variant: seconds[variant, 'loop'] for variant in looping},
+        {variant: [contestant.draws(round_) for round_ in range(settings.rounds)]
+         for variant, contestant in contestants.items()},
+        block_seconds, {variant: contestant.kernels() for variant, contestant in contestants.items()})
 
 
 def _high_water_mark() -> int:
@@ -231,8 +268,8 @@ def _high_water_mark() -> int:
 
 
 def _peak(model: str, variant: Variant, settings: StepSettings) -> float:
-    contestant = Contestant(build(model, variant), settings, variant.compiled)
-    if contestant.accelerator.device.type == 'cuda':
+    contestant = Contestant(build(model, variant), settings, variant.compiled, variant.cuda_graphs)
+    if contestant.step.accelerator.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         contestant.bare()
         return torch.cuda.max_memory_allocated() / 2**20

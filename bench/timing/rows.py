@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from timing.contestants import CONSTANT, StepSettings, Variant, peak_memory, time_in_turns
+from timing.contestants import CONSTANT, RECORDED, StepSettings, Variant, peak_memory, time_in_turns
 from timing.end_to_end import EndToEndSettings, Training, time_epochs
 
 
@@ -39,37 +39,50 @@ def measure(model: str, variants: list[Variant], steps: StepSettings) -> list[di
     constant = timings.seconds[CONSTANT]
 
     def row(variant: Variant, seconds: list[float], loop: bool) -> dict[str, Any]:
-        return dict(model=model, name='loop' if loop else variant.label, **variant._asdict(), loop=loop,
-                    batch_size=steps.batch_size, step_seconds=spread(seconds),
+        name = f'loop{", CUDA graphs" if variant.cuda_graphs else ""}' if loop else variant.label
+        return dict(model=model, name=name, **variant._asdict(), loop=loop, batch_size=steps.batch_size,
+                    step_seconds=spread(seconds),
                     images_per_second=round(steps.batch_size / statistics.median(seconds), 1),
                     ratio=spread([own / other for own, other in zip(seconds, constant, strict=True)]))
 
     rows = []
     for variant, seconds in timings.seconds.items():
-        rows.append(row(variant, seconds, loop=False))
+        rows.append(dict(row(variant, seconds, loop=False), host_seconds=spread(timings.host_seconds[variant])))
+        if timings.kernels[variant] is not None:
+            rows[-1]['kernels'] = timings.kernels[variant]
         if steps.memory:
             rows[-1]['peak_mib'] = peak_memory(model, variant, steps)
         if variant.mode == 'batch' and not variant.compiled:
-            rows[-1].update(saving(timings.draws[variant], timings.block_seconds, seconds, constant))
-    if timings.loop:
-        looping = next(variant for variant in variants if variant.mode == 'batch')
-        rows.append(row(looping, timings.loop, loop=True))
+            full = timings.seconds[RECORDED if variant.cuda_graphs else CONSTANT]
+            rows[-1].update(saving(timings.draws[variant], timings.block_seconds[variant.cuda_graphs], seconds, full,
+                                   constant))
+    for variant, seconds in timings.loops.items():
+        rows.append(row(variant, seconds, loop=True))
         rows[-1]['images_to_bare'] = spread(
-            [bare / whole for bare, whole in zip(timings.seconds[looping], timings.loop, strict=True)])
+            [bare / whole for bare, whole in zip(timings.seconds[variant], seconds, strict=True)])
     return rows
 
 
-def saving(draws: list[list[list[bool]]], block_seconds: list[float], seconds: list[float],
+def saving(draws: list[list[list[bool]]], block_seconds: list[float], seconds: list[float], full: list[float],
            constant: list[float]) -> dict[str, Any]:
-    """What the gates of each round let one save, and the share of it that was saved in that same round."""
+    """What the gates of each round let one save, and the share of it that was saved in that same round.
+
+    Args:
+        draws: The gates of each step in each round.
+        block_seconds: What each block costs; empty where that wasn't measured.
+        seconds: A step's, in each round.
+        full: Those of constant depth, recorded if these are recorded.
+        constant: Those of constant depth, eager: the limit is a ratio to it, as all ratios are.
+    """
     steps = [draw for of_round in draws for draw in of_round]
     found: dict[str, Any] = dict(blocks_open=round(statistics.mean(sum(draw) / len(draw) for draw in steps), 4))
     if block_seconds:
         savable = [statistics.mean(sum(cost for cost, is_open in zip(block_seconds, draw, strict=True) if not is_open)
                                    for draw in of_round) for of_round in draws]
-        found['limit'] = round(1 - statistics.mean(savable) / statistics.median(constant), 4)
-        found['share_of_saving'] = spread([(full - own) / most for full, own, most
-                                           in zip(constant, seconds, savable, strict=True)])
+        limit = (statistics.median(full) - statistics.mean(savable)) / statistics.median(constant)
+        found['limit'] = round(limit, 4)
+        found['share_of_saving'] = spread([(whole - own) / most for whole, own, most
+                                           in zip(full, seconds, savable, strict=True)])
     return found
 
 

@@ -8,15 +8,18 @@ import pytest
 
 import timing.contestants
 import timing.rows
+import timing.verify
 import timm_sd
 from harness.errors import UserError
+from harness.graphs import RecordedStep
 from harness.recipes import parse_train_flags
 from support.commands import bench, refused, run_here
 from support.networks import blocks_of
-from timing.contestants import CONSTANT, Contestant, StepSettings, Timings, Variant, build, time_in_turns
+from timing.contestants import CONSTANT, RECORDED, Contestant, StepSettings, Timings, Variant, build, time_in_turns
 from timing.end_to_end import EndToEndSettings, Training, commands, write_subset
 from timing.prefix import run_training
 from timing.rows import measure, saving, spread
+from timing.verify import describe, is_right, verify
 
 SHORT = ['--model', 'sd_resnet20_cifar', '-b', '2', '--steps', '2', '--rounds', '2']
 DROPPED = Variant('batch', 0.5)
@@ -102,7 +105,9 @@ def test_profile_names_the_operators():
     (['--drop-path', '0'], ['--drop-path 0']),
     (['--end-to-end', '--timm-train', 'nowhere.py'], ['nowhere.py']),
     (['--prefix'], ['--timm-train']),
-    (['--prefix', '--host'], ['--prefix measure different things']),
+    (['--prefix', '--host'], ['--prefix do different things']),
+    (['--cuda-graphs', '--model', 'resnet18'], ['--cuda-graphs can not record ResNet']),
+    (['--verify', '--grad-checkpointing'], ['--cuda-graphs can not record --grad-checkpointing']),
 ])
 def test_mistakes_are_one_line(args, words):
     said = refused('throughput.py', *args)
@@ -120,50 +125,117 @@ def test_the_saving_of_a_case_done_by_hand():
     """Two rounds of two steps; blocks that cost 2, 1 and 1 seconds, and 1 second that nothing saves."""
     draws = [[[True, False, False], [True, True, False]],  # 2 and 1 seconds can be saved: 1.5 a step
              [[False, True, True], [False, False, True]]]  # 2 and 3: 2.5 a step
-    found = saving(draws, [2., 1., 1.], seconds=[4.25, 2.5], constant=[5., 5.])
+    found = saving(draws, [2., 1., 1.], seconds=[4.25, 2.5], full=[5., 5.], constant=[5., 5.])
     assert found['blocks_open'] == pytest.approx((1 + 2 + 2 + 1) / 4 / 3, abs=1e-4)
     assert found['limit'] == pytest.approx(1 - 2. / 5.)
     # 0.75 of 1.5 in the first round, all 2.5 in the second
     assert found['share_of_saving']['median'] == pytest.approx((0.5 + 1.) / 2)
+    # recorded, beside an eager step of 20 seconds: the limit is a ratio to that, the share is of what was saved here
+    recorded = saving(draws, [2., 1., 1.], seconds=[4.25, 2.5], full=[5., 5.], constant=[20., 20.])
+    assert recorded['limit'] == pytest.approx((5. - 2.) / 20.)
+    assert recorded['share_of_saving'] == found['share_of_saving']
 
 
 def test_without_the_costs_of_the_blocks_nothing_is_said_of_a_limit():
-    assert saving([[[True, False]]], [], [1.], [2.]) == dict(blocks_open=0.5)
+    assert saving([[[True, False]]], [], [1.], [2.], [2.]) == dict(blocks_open=0.5)
 
 
 def test_rows_are_made_of_what_was_timed(monkeypatch):
-    constant, dropped, loop = [2., 4., 8.], [1., 3., 4.], [2., 4., 5.]
-    draws = {CONSTANT: [[]] * 3, DROPPED: [[[True, False]], [[False, True]], [[True, True]]]}
+    recorded = DROPPED._replace(cuda_graphs=True)
+    seconds = {CONSTANT: [2., 4., 8.], DROPPED: [1., 3., 4.], RECORDED: [1., 2., 4.], recorded: [0.5, 1.5, 2.]}
+    draws = {variant: [[[True, False]], [[False, True]], [[True, True]]] for variant in (DROPPED, recorded)}
     monkeypatch.setattr(timing.rows, 'time_in_turns', lambda model, variants, steps: Timings(
-        {CONSTANT: constant, DROPPED: dropped}, loop, draws, []))
+        seconds, {variant: [0.25, 0.5, 0.25] for variant in seconds},
+        {DROPPED: [2., 4., 5.], recorded: [1., 2., 2.5]}, draws, {False: [], True: []},
+        {variant: 7. if variant.cuda_graphs else None for variant in seconds}))
     monkeypatch.setattr(timing.rows, 'peak_memory', lambda model, variant, steps: 10. * (variant is CONSTANT))
-    rows = measure('sd_resnet20_cifar', [CONSTANT, DROPPED], StepSettings(batch_size=12))
-    assert [row['ratio']['median'] for row in rows] == [1., 0.5, 1.]  # 0.5, 0.75 and 0.5; 1, 1 and 0.625
-    assert [row['step_seconds']['median'] for row in rows] == [4., 3., 4.]
-    assert [row['images_per_second'] for row in rows] == [3., 4., 3.]
-    assert [row.get('peak_mib') for row in rows] == [10., 0., None]
-    assert [row.get('blocks_open') for row in rows] == [None, pytest.approx(4 / 6, abs=1e-4), None]
-    assert rows[2]['images_to_bare']['median'] == 0.75  # 0.5, 0.75 and 0.8
+    rows = measure('sd_resnet20_cifar', list(seconds), StepSettings(batch_size=12))
+    assert [(row['mode'], row['cuda_graphs'], row['loop']) for row in rows] == [
+        ('constant', False, False), ('batch', False, False), ('constant', True, False), ('batch', True, False),
+        ('batch', False, True), ('batch', True, True)]
+    # of the second: 0.5, 0.75 and 0.5; of the loop: 1, 1 and 0.625; of what is recorded half of that
+    assert [row['ratio']['median'] for row in rows] == [1., 0.5, 0.5, 0.25, 1., 0.5]
+    assert [row['step_seconds']['median'] for row in rows] == [4., 3., 2., 1.5, 4., 2.]
+    assert [row['images_per_second'] for row in rows] == [3., 4., 6., 8., 3., 6.]
+    assert [row.get('peak_mib') for row in rows] == [10., 0., 0., 0., None, None]
+    assert [row.get('kernels') for row in rows] == [None, None, 7., 7., None, None]
+    assert [row['host_seconds']['median'] for row in rows[:4]] == [0.25] * 4
+    assert [row.get('blocks_open') for row in rows] == [None, pytest.approx(4 / 6, abs=1e-4)] * 2 + [None] * 2
+    assert [row['images_to_bare']['median'] for row in rows[4:]] == [0.75] * 2  # 0.5, 0.75 and 0.8
 
 
 def test_blocks_are_weighed_by_networks_without_them_and_the_warm_up_does_not_count(monkeypatch):
-    """The clock is one that takes 0.5 s for the rest of the network, and 4, 2 and 1 s for a block of each stage."""
+    """The clock is one that takes 0.5 s for the rest of the network, and 4, 2 and 1 s for a block of each stage.
+
+    Of a recorded step all that takes half as long.
+    """
     turns = []
 
     def time_turn(self, turn, round_):
         seconds = 0.5 + sum(cost * len(getattr(self.model, stage)) for stage, cost in costs.items())
+        seconds *= 0.5 if isinstance(self.step, RecordedStep) else 1.
         turns.append(round_)
-        return 1000. if len(turns) <= 6 else seconds  # constant, batch, three without a stage's blocks, and the loop
+        # constant, batch, three without a stage's blocks, and the loop; all that twice
+        return (1000., 0.) if len(turns) <= 12 else (seconds, 0.125)
 
     costs = dict(layer1=4., layer2=2., layer3=1.)
+    variants = [variant._replace(cuda_graphs=kind) for kind in (False, True) for variant in (CONSTANT, DROPPED)]
     monkeypatch.setattr(Contestant, 'time_turn', time_turn)
-    timings = time_in_turns('sd_resnet20_cifar', [CONSTANT, DROPPED], StepSettings(batch_size=2, steps=1, rounds=3))
-    assert timings.block_seconds == pytest.approx([4.] * 3 + [2.] * 3 + [1.] * 3)
-    assert timings.seconds == {CONSTANT: [21.5] * 3, DROPPED: [21.5] * 3}
-    assert timings.loop == [21.5] * 3
-    assert turns == [0] * 12 + [1] * 6 + [2] * 6  # each round's own gates, those of the first to warm up with
-    assert [len(of_round) for of_round in timings.draws[DROPPED]] == [1, 1, 1]
-    assert {len(draw) for of_round in timings.draws[DROPPED] for draw in of_round} == {9}
+    timings = time_in_turns('sd_resnet20_cifar', variants, StepSettings(batch_size=2, steps=1, rounds=3))
+    assert timings.block_seconds[False] == pytest.approx([4.] * 3 + [2.] * 3 + [1.] * 3)
+    assert timings.block_seconds[True] == pytest.approx([2.] * 3 + [1.] * 3 + [0.5] * 3)
+    assert timings.seconds == dict(zip(variants, [[21.5] * 3] * 2 + [[10.75] * 3] * 2, strict=True))
+    assert timings.host_seconds == {variant: [0.125] * 3 for variant in variants}
+    assert timings.loops == {variants[1]: [21.5] * 3, variants[3]: [10.75] * 3}
+    assert turns == [0] * 24 + [1] * 12 + [2] * 12  # each round's own gates, those of the first to warm up with
+    for variant in variants[1::2]:
+        assert [len(of_round) for of_round in timings.draws[variant]] == [1, 1, 1]
+        assert {len(draw) for of_round in timings.draws[variant] for draw in of_round} == {9}
+    assert timings.draws[variants[1]] == timings.draws[variants[3]]
+
+
+def test_recorded_steps_are_timed_beside_eager_ones(tmp_path):
+    table = throughput(*SHORT, '--modes', 'constant', 'batch', 'sample', '--cuda-graphs', '--no-memory',
+                       '--output', tmp_path / 'out')
+    rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert [(row['mode'], row['cuda_graphs'], row['loop']) for row in rows] == [
+        ('constant', False, False), ('batch', False, False), ('sample', False, False), ('constant', True, False),
+        ('batch', True, False), ('batch', False, True), ('batch', True, True)]
+    assert [line[20:52].strip() for line in table.splitlines()[1:]] == [row['name'] for row in rows]
+    assert len({row['name'] for row in rows}) == len(rows)
+
+
+def test_verify_finds_that_recorded_steps_are_eager_ones(monkeypatch):
+    monkeypatch.setattr(timing.verify, 'STEPS', 3)
+    monkeypatch.setattr(timing.verify, 'PARTIAL', 2)
+    said = throughput('--verify', '--model', 'sd_resnet20_cifar', '-b', 3, '--drop-path', 0.5, '--drop-path-scale',
+                      'eval').splitlines()
+    assert len(said) == 2 * 3 * 2  # constant depth and mode batch, three settings, again and recorded
+    assert all(line.endswith('equal in all 3 steps') for line in said)
+
+
+def test_verify_names_the_first_tensor_that_differs(monkeypatch):
+    """A recorded step whose third update is a little too far."""
+    update, updates = RecordedStep.update, []
+    monkeypatch.setattr(timing.verify, 'STEPS', 4)
+    monkeypatch.setattr(timing.verify, 'SETTINGS', [(False, True), (True, False)])
+
+    def broken(step):
+        updates.append(update(step))
+        if len(updates) % 4 == 3:
+            step.model.layer2[0].bn2.bias.data += 0.25
+
+    monkeypatch.setattr(RecordedStep, 'update', broken)
+    rows = verify('sd_resnet20_cifar', DROPPED, 3)
+    assert [row['first_step'] for row in rows] == [None, 3] * 2
+    assert {row['first_tensor'] for row in rows[1::2]} == {'layer2.0.bn2.bias'}
+    assert min(row['largest_difference'] for row in rows[1::2]) > 0.1
+    assert not is_right(rows)
+    assert 'first differs in step 3, in layer2.0.bn2.bias; in the end by ' in describe(rows[1])
+    said = run_here('throughput.py', '--verify', '--model', 'sd_resnet20_cifar', '-b', 3, '--modes', 'constant')
+    assert said.returncode == 'the recorded step differs where the eager one repeats itself'
+    # where the eager step doesn't repeat itself either, nothing is said of the recorded one
+    assert is_right([dict(first_step=4), dict(first_step=3)])
 
 
 def test_the_loop_runs_the_gates_of_the_bare_steps():
@@ -192,11 +264,12 @@ def test_constant_depth_drops_nothing():
 
 
 @pytest.mark.parametrize('change', [dict(scale='eval'), dict(schedule='uniform'), dict(mode='sample'),
-                                    dict(drop_path=0.2), dict(compiled=True), dict(loop=True)], ids=str)
+                                    dict(drop_path=0.2), dict(compiled=True), dict(cuda_graphs=True),
+                                    dict(loop=True)], ids=str)
 def test_a_variant_is_known_by_its_fields_and_not_by_its_name(change):
     row = dict(name='by hand', mode='batch', drop_path=0.5, schedule='linear', scale='train', compiled=False,
                loop=False)
-    assert DROPPED.describes(row)
+    assert DROPPED.describes(row)  # which is older than cuda_graphs
     assert not DROPPED.describes(dict(row, name=DROPPED.label, **change))
 
 
