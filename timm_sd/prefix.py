@@ -167,12 +167,11 @@ class Prefix:
         return wrapped
 
 
-def computed_share(model: nn.Module, gates: DepthGates) -> float:
-    """The share of a network's multiplications that a training step is expected to run.
+def branch_shares(model: nn.Module) -> list[float]:
+    """The share of a network's multiplications that the branch of each of its blocks has, in the order of the gates.
 
     Args:
         model: A network of timm with stochastic depth.
-        gates: Its gates.
     """
     args, kwargs = example_arguments(model)
     names = {module: f'{type(model).__name__}.{name}' for name, module in model.named_modules()}
@@ -181,13 +180,23 @@ def computed_share(model: nn.Module, gates: DepthGates) -> float:
             FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     flops = {name: sum(counts.values()) for name, counts in counter.flop_counts.items()}
-    saved = 0.
+    shares = {}
     for block in model.modules():
         if isinstance(block, SkippableBlock):
             slot: Any = getattr(block, block.drop_path_slots[0])
             shortcut = sum(flops.get(names[getattr(block, name)], 0) for name in block.shortcut_path)
-            saved += slot.drop_prob * (flops.get(names[block], 0) - shortcut)
-    return 1. - saved / flops['Global']
+            shares[slot.index] = (flops.get(names[block], 0) - shortcut) / flops['Global']
+    return [shares[index] for index in sorted(shares)]
+
+
+def computed_share(model: nn.Module, gates: DepthGates) -> float:
+    """The share of a network's multiplications that a training step is expected to run.
+
+    Args:
+        model: A network of timm with stochastic depth.
+        gates: Its gates.
+    """
+    return 1. - sum(rate * share for rate, share in zip(gates.drop_path_rates, branch_shares(model), strict=True))
 
 
 def describe(model: nn.Module, gates: DepthGates) -> str:

@@ -2,7 +2,8 @@
 
 All contestants live in one process and take short turns (A B C A B C ...), so that a slow moment of the machine hits
 all of them. Of the sd_*_cifar networks some run that lack a stage's blocks: what a block of each stage costs is
-measured on plain networks, so the limit that a share of the saving refers to knows nothing of this project's code.
+measured on plain networks, so the limit that a share of the saving refers to knows nothing of this project's code. In
+other networks a block's share of the multiplications stands for its share of the time.
 """
 import argparse
 import io
@@ -28,6 +29,7 @@ from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import TrainStep, autocast, default_amp, train_epoch
 from harness.errors import UserError
 from harness.graphs import RecordedStep
+from timm_sd.prefix import branch_shares
 from timm_sd.probe import residual_blocks
 
 # Ways of dropping: none, this project's modes, and torchvision's StochasticDepth.
@@ -206,8 +208,7 @@ class Timings(NamedTuple):
         loops: Seconds a step inside the whole training loop, of the first variant of mode 'batch', and of the first one
             that is recorded.
         draws: The gates of each step in each round, by variant.
-        block_seconds: What each block costs in an eager step (False) and in a recorded one (True), where it was
-            weighed.
+        block_seconds: What each block costs in an eager step (False) and in a recorded one (True).
         kernels: Kernels a step, by variant; None on a CPU.
     """
     seconds: dict[Variant, list[float]]
@@ -234,6 +235,7 @@ def time_in_turns(model: str, variants: list[Variant], settings: StepSettings) -
                  for kind in recorded for stage in STAGES if has_stages(model)}
     looping = [next(variant for variant in variants if variant.mode == 'batch' and variant.cuda_graphs == kind)
                for kind in recorded if any(variant.mode == 'batch' for variant in variants)]
+    shares = branch_shares(contestants[looping[0]].model) if looping and not shortened else []
     timed = [*((contestant, contestant.bare) for contestant in (*contestants.values(), *shortened.values())),
              *((contestants[variant], contestants[variant].loop) for variant in looping)]
     found: dict[Any, list[tuple[float, float]]] = {key: [] for key in (
@@ -244,7 +246,7 @@ def time_in_turns(model: str, variants: list[Variant], settings: StepSettings) -
             if round_ < 0:
                 turns.clear()
     seconds = {key: [elapsed for elapsed, _ in turns] for key, turns in found.items()}
-    block_seconds: dict[bool, list[float]] = {kind: [] for kind in recorded}
+    block_seconds = {kind: [share * statistics.median(seconds[CONSTANT]) for share in shares] for kind in recorded}
     for stage, kind in shortened:
         constant = seconds[RECORDED if kind else CONSTANT]
         saved = [full - short for full, short in zip(constant, seconds[stage, kind], strict=True)]

@@ -69,7 +69,7 @@ def saving(draws: list[list[list[bool]]], block_seconds: list[float], seconds: l
 
     Args:
         draws: The gates of each step in each round.
-        block_seconds: What each block costs; empty where that wasn't measured.
+        block_seconds: What each block costs; empty where that isn't known.
         seconds: A step's, in each round.
         full: Those of constant depth, recorded if these are recorded.
         constant: Those of constant depth, eager: the limit is a ratio to it, as all ratios are.
