@@ -94,7 +94,8 @@ class _AddScaled(torch.autograd.Function):
         # As the alpha of torch.add is rounded: on a CPU to the dtype of the tensors, on a GPU not at all. Operators
         # round a tensor without dimensions, and promote to the dtype of one that has some.
         ctx.factor = factor.view([1] * residual.ndim) if factor.is_cuda else factor
-        return torch.addcmul(shortcut, residual, ctx.factor, out=torch.empty_like(residual))
+        y = torch.empty_like(residual, dtype=torch.result_type(shortcut, residual))
+        return torch.addcmul(shortcut, residual, ctx.factor, out=y)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
@@ -106,7 +107,7 @@ def add_scaled(shortcut: torch.Tensor, residual: torch.Tensor, factor: float | t
 
     Args:
         shortcut: Output of the shortcut path.
-        residual: Output of the branch, of the same dtype.
+        residual: Output of the branch.
         factor: 1 / p_l; as a tensor (), float32, what is recorded with it follows its value.
     """
     if isinstance(factor, torch.Tensor):
