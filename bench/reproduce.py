@@ -47,16 +47,17 @@ def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) ->
     return step * (train * open_share + validation / 3) / 128
 
 
-def step_seconds(depth: int, grad_checkpointing: bool) -> float:
+def step_seconds(depth: int, settings: RunSettings) -> float:
     """Seconds of a step of 128 images at constant depth, timed now."""
     timed = min(152, depth)  # what is deeper takes long to try; time is linear in the blocks
     contestant = Contestant(build(f'sd_resnet{timed}_cifar', CONSTANT),
-                            StepSettings(steps=3, grad_checkpointing=grad_checkpointing))
+                            StepSettings(steps=3, grad_checkpointing=settings.grad_checkpointing),
+                            cuda_graphs=settings.cuda_graphs)
     turns = [contestant.time_turn(contestant.bare, 0)[0] for _ in range(3)]  # the first warms up
     return statistics.mean(turns[1:]) * (depth - 2) / (timed - 2)
 
 
-def print_plan(runs: list[Run], grad_checkpointing: bool) -> None:
+def print_plan(runs: list[Run], settings: RunSettings) -> None:
     """The runs, how far they are, and how long the rest takes, one after the other."""
     steps: dict[int, float] = {}  # seconds, by depth
     total = 0.
@@ -66,7 +67,7 @@ def print_plan(runs: list[Run], grad_checkpointing: bool) -> None:
         left, hours = run.epochs - done, 0.
         if left and run.experiment.data != 'imagenet':
             if depth not in steps:
-                steps[depth] = step_seconds(depth, grad_checkpointing)
+                steps[depth] = step_seconds(depth, settings)
             hours = left * estimated_epoch_seconds(run.experiment, run.budget, steps[depth]) / 3600
         total += hours
         estimate = '?' if left and run.experiment.data == 'imagenet' else f'{hours:.2f}'
@@ -85,7 +86,7 @@ def main() -> None:
         return
     runs = choose_runs(flags.target, choice, settings)
     if flags.plan:
-        print_plan(runs, settings.grad_checkpointing)
+        print_plan(runs, settings)
     else:
         train(runs, choice.data, settings)
 

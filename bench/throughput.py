@@ -25,7 +25,7 @@ import timm_sd
 from harness.cli import Parser, add_flags, drop_rate, flag, make_settings, run_script
 from harness.engine import default_amp
 from harness.errors import UserError
-from harness.files import write_csv, write_json
+from harness.files import make_folder, write_csv, write_json
 from harness.graphs import check_recordable
 from harness.machine import hardware, versions
 from harness.network import DepthSettings, registered_name
@@ -74,12 +74,12 @@ class MeasurementSettings:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a row; what wasn't measured stays empty."""
-    print(f'{"network":20}{"":32}{"batch":>6}{"s/step":>9}{"images/s":>10}{"ratio":>8}   {"quartiles":16}{"limit":>7}'
+    print(f'{"network":20}{"":44}{"batch":>6}{"s/step":>9}{"images/s":>10}{"ratio":>8}   {"quartiles":16}{"limit":>7}'
           f'{"share":>7}{"host s":>9}{"kernels":>9}{"MiB":>8}')
     for row in rows:
         ratio, share = row['ratio'], row.get('share_of_saving', {}).get('median', '')
         host = f'{row["host_seconds"]["median"]:.4f}' if 'kernels' in row else ''  # on a CPU it is the whole step
-        print(f'{row["model"]:20}{row["name"]:32}{row["batch_size"]:6}{row["step_seconds"]["median"]:9.4f}'
+        print(f'{row["model"]:20}{row["name"]:44}{row["batch_size"]:6}{row["step_seconds"]["median"]:9.4f}'
               f'{row["images_per_second"]:10.1f}{ratio["median"]:8.3f}   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}  '
               f'{row.get("limit", ""):>7}{share:>7}{host:>9}{row.get("kernels", ""):>9}{row.get("peak_mib", ""):>8}')
 
@@ -133,6 +133,8 @@ def main() -> None:
     contestants, steps = make_settings(ContestantSettings, flags), make_settings(StepSettings, flags)
     end_to_end, what = make_settings(EndToEndSettings, flags), make_settings(MeasurementSettings, flags)
     check(contestants, what, end_to_end)
+    if what.output:
+        make_folder(Path(what.output).parent, '--output')
     accelerator = Accelerator(cpu=what.end_to_end or what.host or what.prefix)  # as train.py runs there
     if contestants.cuda_graphs or what.verify:
         depth = DepthSettings(grad_checkpointing=steps.grad_checkpointing, torchcompile_mode=steps.torchcompile_mode)

@@ -38,6 +38,7 @@ class RunSettings:
     cluster_options: dict[str, Any] = flag({}, "submitit's, such as timeout_min=1440 slurm_partition=gpu "
                                            'gpus_per_node=1', **KEY_VALUES)
     grad_checkpointing: bool = flag(False, "train.py's, where 1202 layers don't fit")
+    cuda_graphs: bool = flag(False, "train.py's, with what else keeps a GPU from waiting (not yet run on one)")
     output: str = flag('output/reproduce', 'folder of the run folders')
     results: str | None = flag(None, 'folder of the report, and of what it is made from (default: results/ beside this '
                                      'script, for the budget smoke --output)')
@@ -84,13 +85,13 @@ class Run(NamedTuple):
             write_atomic(copy / 'summary.csv', (folder / 'summary.csv').read_bytes())
             RunFolder(copy).write_results(without_paths(results))  # last: it marks the copy as complete
 
-    def command(self, data: Path | None, threads: int | None, grad_checkpointing: bool) -> list[str]:
+    def command(self, data: Path | None, threads: int | None, settings: RunSettings) -> list[str]:
         """The command line that trains it, or goes on with it in the precision that it was begun in.
 
         Args:
             data: Folder that holds local copies of the data sets, or None for the Hub.
             threads: CPU threads, or None for all that there are.
-            grad_checkpointing: Recompute activations to save memory.
+            settings: Of all runs.
         """
         line = [sys.executable, TRAIN, *self.experiment.flags(self.budget, self.seed, data), '--output',
                 str(self.output), '--experiment', self.name, '--resume', 'auto']
@@ -99,7 +100,9 @@ class Run(NamedTuple):
         begun = RunFolder(self.output / self.name).read_flags()
         if begun is not None:
             line.append('--amp' if begun['amp'] else '--no-amp')
-        return line + ['--grad-checkpointing'] * grad_checkpointing
+        if settings.cuda_graphs and self.experiment.mode == 'batch' and self.experiment.recipe != 'imagenet':
+            line += ['--cuda-graphs', '--validation-batch-size', '1000', '--checkpoint-interval', '10']
+        return line + ['--grad-checkpointing'] * settings.grad_checkpointing
 
 
 def results_folder(settings: RunSettings, budget: str) -> Path:
@@ -172,6 +175,8 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
     Raises:
         UserError: If some fail; the others go on meanwhile.
     """
+    if settings.cuda_graphs and settings.grad_checkpointing:
+        raise UserError('--cuda-graphs can not record --grad-checkpointing; leave out one of them')
     make_folder(runs[0].results, '--results')
     make_folder(runs[0].output, '--output')
     for run in runs:
@@ -189,7 +194,7 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
             for run in left:
                 # Into files: a pipe would end a training when this process ends.
                 stderr = stack.enter_context(logs[run].open('w')) if logs else None
-                line = run.command(data, threads, settings.grad_checkpointing)
+                line = run.command(data, threads, settings)
                 with user_errors(f'--cluster {settings.cluster}'):  # submitit's: no such partition
                     jobs[run] = executor.submit(
                         subprocess.run, line, check=True, stdout=subprocess.DEVNULL, stderr=stderr)

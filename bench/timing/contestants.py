@@ -72,7 +72,7 @@ class Variant(NamedTuple):
         """For people; results are told apart by the fields."""
         p_last = '' if self.mode == 'constant' else f', p_L {1 - self.drop_path:g}'
         uniform = ' uniform' if self.schedule == 'uniform' and p_last else ''
-        how = f'{", compiled" if self.compiled else ""}{", CUDA graphs" if self.cuda_graphs else ""}'
+        how = f'{", compiled" if self.compiled else ""}{", graphs" if self.cuda_graphs else ""}'
         return f'{self.mode}{p_last}{uniform}{how}'
 
     def describes(self, row: dict[str, Any]) -> bool:

@@ -39,7 +39,7 @@ def measure(model: str, variants: list[Variant], steps: StepSettings) -> list[di
     constant = timings.seconds[CONSTANT]
 
     def row(variant: Variant, seconds: list[float], loop: bool) -> dict[str, Any]:
-        name = f'loop{", CUDA graphs" if variant.cuda_graphs else ""}' if loop else variant.label
+        name = f'loop{", graphs" if variant.cuda_graphs else ""}' if loop else variant.label
         return dict(model=model, name=name, **variant._asdict(), loop=loop, batch_size=steps.batch_size,
                     step_seconds=spread(seconds),
                     images_per_second=round(steps.batch_size / statistics.median(seconds), 1),

@@ -13,7 +13,7 @@ import paper.runs
 import reproduce
 from harness.recipes import parse_train_flags
 from paper.experiments import Experiment
-from paper.runs import Run, failure_reason
+from paper.runs import Run, RunSettings, failure_reason
 from support.commands import assert_same_run, bench, command, refused, run_here
 from support.markdown import sections, tables
 from support.runs import TEMPLATE
@@ -117,14 +117,27 @@ def test_runs_side_by_side_share_the_cores(trainings, tmp_path, monkeypatch):
 
 def test_goes_on_in_the_precision_of_the_beginning(tmp_path):
     run = Run(Experiment(depth=20), 'smoke', 0, tmp_path / 'output', tmp_path / 'results' / 'runs')
-    assert not {'--amp', '--no-amp'} & set(run.command(None, None, True))
+    settings = RunSettings(grad_checkpointing=True)
+    assert not {'--amp', '--no-amp'} & set(run.command(None, None, settings))
     folder = tmp_path / 'output' / NAME
     folder.mkdir(parents=True)
     for amp, flag in (('true', '--amp'), ('false', '--no-amp')):
         (folder / 'args.yaml').write_text(f'amp: {amp}')
-        line = run.command(None, None, True)
+        line = run.command(None, None, settings)
         assert flag in line
         assert parse_train_flags(line[2:]).grad_checkpointing
+
+
+def test_what_can_be_recorded_is():
+    """With what else keeps a GPU from waiting."""
+    settings = RunSettings(cuda_graphs=True)
+    for experiment, is_recorded in ((Experiment(depth=20), True), (Experiment(depth=110, drop_path=0.), True),
+                                    (Experiment(mode='subset', scale='train'), False),
+                                    (Experiment(recipe='imagenet', depth=18), False)):
+        flags = parse_train_flags(Run(experiment, 'short', 0, Path(), Path()).command(None, None, settings)[2:])
+        assert flags.cuda_graphs == is_recorded
+        assert flags.validation_batch_size == (1000 if is_recorded else None)
+        assert flags.checkpoint_interval == (10 if is_recorded else 1)
 
 
 @pytest.mark.parametrize(('log', 'why'), [
@@ -138,7 +151,7 @@ def test_the_reason_of_a_failure_is_found(log, why):
 
 
 def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, 'step_seconds', lambda depth, grad_checkpointing: 128 * 3600.)  # an hour an image
+    monkeypatch.setattr(reproduce, 'step_seconds', lambda depth, settings: 128 * 3600.)  # an hour an image
     result = reproduced(*ONE_RUN, '--plan', *folders(tmp_path))
     # of 9 blocks (3 x 9 - 1) / 4 = 6.5 are open in expectation; a digit of 16 px costs a quarter
     hours = 4 * (1297 / 4 * 6.5 / 9 + 140 / 4 / 3)
@@ -156,6 +169,7 @@ def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(('args', 'words'), [
     (['fig8_right', '--depth', '20', '21'], ['no run of --depth 21', '20 38']),
     (['fig8_right', '--drop-path', '0.5', '0.7'], ['no run of --drop-path 0.7', '0.4 0.5']),
+    (['fig7', '--cuda-graphs', '--grad-checkpointing'], ['--cuda-graphs can not record --grad-checkpointing']),
     (['fig7', '--recipe', 'svhn'], ['no run of --recipe svhn', 'cifar10']),
     (['table1', '--recipe', 'svhn', '--depth', '110'], ['svhn', '110']),
     (['table1', '--data', '/nowhere'], ['/nowhere', 'cifar10, cifar100, imagenet, svhn', '--recipe']),

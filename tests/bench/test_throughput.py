@@ -50,9 +50,9 @@ def test_a_row_for_each_contestant_in_the_table_and_in_json_csv_and_picture(tmp_
     assert {(row['model'], row['schedule'], row['compiled'], row['batch_size']) for row in rows} == {
         ('sd_resnet20_cifar', 'linear', False, 2)}
     lines = table.splitlines()[1:]
-    assert [line[20:52].strip() for line in lines] == [row['name'] for row in rows]
+    assert [line[20:64].strip() for line in lines] == [row['name'] for row in rows]
     assert len(set(row['name'] for row in rows)) == len(rows)
-    assert [line[77:85].strip() for line in lines] == [f'{row["ratio"]["median"]:.3f}' for row in rows]
+    assert [line[89:97].strip() for line in lines] == [f'{row["ratio"]["median"]:.3f}' for row in rows]
     flat = list(csv.DictReader((tmp_path / 'out.csv').open()))
     assert [(row['mode'], float(row['ratio_median'])) for row in flat] == [
         (row['mode'], row['ratio']['median']) for row in rows]
@@ -112,6 +112,7 @@ def test_profile_names_the_operators():
     (['--prefix'], ['--timm-train']),
     (['--prefix', '--host'], ['--prefix do different things']),
     (['--cuda-graphs', '--model', 'resnet18'], ['--cuda-graphs can not record ResNet']),
+    (['--output', '/proc/nowhere/out'], ['--output', '/proc/nowhere']),  # before it has measured anything
     (['--verify', '--grad-checkpointing'], ['--cuda-graphs can not record --grad-checkpointing']),
 ])
 def test_mistakes_are_one_line(args, words):
@@ -206,7 +207,7 @@ def test_recorded_steps_are_timed_beside_eager_ones(tmp_path):
     assert [(row['mode'], row['cuda_graphs'], row['loop']) for row in rows] == [
         ('constant', False, False), ('batch', False, False), ('sample', False, False), ('constant', True, False),
         ('batch', True, False), ('batch', False, True), ('batch', True, True)]
-    assert [line[20:52].strip() for line in table.splitlines()[1:]] == [row['name'] for row in rows]
+    assert [line[20:64].strip() for line in table.splitlines()[1:]] == [row['name'] for row in rows]
     assert len({row['name'] for row in rows}) == len(rows)
 
 
@@ -339,7 +340,7 @@ def test_memory_is_in_the_table(tmp_path):
 @pytest.mark.slow
 def test_end_to_end_times_every_way_of_training():
     table = throughput('--end-to-end', '--model', 'sd_resnet20_cifar', '--images', 320, '-b', 64, '--repeats', 1)
-    assert [line[20:52].strip() for line in table.splitlines()[1:]] == [
+    assert [line[20:64].strip() for line in table.splitlines()[1:]] == [
         'train.py', 'train.py, 2 runs at once', 'train.py, 2 processes']
 
 
