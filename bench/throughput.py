@@ -60,6 +60,13 @@ class ContestantSettings:
                         if self.cuda_graphs and variant.mode in ('constant', 'batch')]
 
 
+    def verified(self) -> list[Variant]:
+        """What is compared with its recording: constant depth, and mode 'batch' with both scales."""
+        dropping = [Variant('batch', rate, self.drop_path_schedule, scale)
+                    for rate in self.drop_path for scale in timm_sd.SCALES]
+        return [variant for variant in (CONSTANT, *dropping) if variant.mode in self.modes]
+
+
 @dataclass(frozen=True)
 class MeasurementSettings:
     """What is measured, and where it goes."""
@@ -75,24 +82,35 @@ class MeasurementSettings:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line a row; what wasn't measured stays empty."""
     print(f'{"network":20}{"":44}{"batch":>6}{"s/step":>9}{"images/s":>10}{"ratio":>8}   {"quartiles":16}{"limit":>7}'
-          f'{"share":>7}{"host s":>9}{"kernels":>9}{"MiB":>8}')
+          f'{"share":>7}{"host s":>9}{"MiB":>8}')
     for row in rows:
         ratio, share = row['ratio'], row.get('share_of_saving', {}).get('median', '')
-        host = f'{row["host_seconds"]["median"]:.4f}' if 'kernels' in row else ''  # on a CPU it is the whole step
+        host = f'{row["host_seconds"]["median"]:.4f}' if 'host_seconds' in row else ''
         print(f'{row["model"]:20}{row["name"]:44}{row["batch_size"]:6}{row["step_seconds"]["median"]:9.4f}'
               f'{row["images_per_second"]:10.1f}{ratio["median"]:8.3f}   {ratio["q1"]:.3f} to {ratio["q3"]:.3f}  '
-              f'{row.get("limit", ""):>7}{share:>7}{host:>9}{row.get("kernels", ""):>9}{row.get("peak_mib", ""):>8}')
+              f'{row.get("limit", ""):>7}{share:>7}{host:>9}{row.get("peak_mib", ""):>8}')
 
 
-def print_profile(model: str, variant: Variant, steps: StepSettings) -> None:
-    """The operators of a turn of training steps by the time they take themselves."""
-    contestant = Contestant(build(model, variant), steps, variant.compiled, variant.cuda_graphs)
-    contestant.bare()
-    with torch.profiler.profile() as profile:
+def print_profiles(model: str, variants: list[Variant], steps: StepSettings) -> None:
+    """The operators of a turn of training steps by the time they take themselves, and on a GPU the kernels a step."""
+    contestants = {variant: Contestant(build(model, variant), steps, variant.compiled, variant.cuda_graphs)
+                   for variant in variants}
+    for contestant in contestants.values():  # all are recorded before the first profile: a recording is blind behind it
         contestant.bare()
-    sort_by = 'self_cpu_time_total' if contestant.step.accelerator.device.type == 'cpu' else 'self_device_time_total'
-    print(f'{model}, {variant.label}, {steps.steps} steps')
-    print(profile.key_averages().table(sort_by=sort_by, row_limit=16, max_name_column_width=40))
+    for variant, contestant in contestants.items():
+        with torch.profiler.profile() as profile:
+            contestant.time_turn(contestant.bare, 0)
+        on_cpu = contestant.step.accelerator.device.type == 'cpu'
+        table, kernels = profile.key_averages(), count_kernels(profile.key_averages())
+        print(f'{model}, {variant.label}, {steps.steps} steps'
+              f'{"" if on_cpu else f", {kernels / steps.steps:.0f} kernels and copies a step"}')
+        print(table.table(sort_by='self_cpu_time_total' if on_cpu else 'self_device_time_total', row_limit=16,
+                          max_name_column_width=40))
+
+
+def count_kernels(events: Any) -> int:
+    """What ran on a GPU, of torch.profiler's averages."""
+    return sum(event.count for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
 def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end: EndToEndSettings) -> None:
@@ -144,11 +162,10 @@ def main() -> None:
     rate, variants = contestants.drop_path[0], contestants.variants()
     if what.profile:
         for name in contestants.model:
-            for variant in variants:
-                print_profile(name, variant, steps)
+            print_profiles(name, variants, steps)
         return
     if what.verify:
-        rows = [row for name in contestants.model for variant in variants if variant.mode in ('constant', 'batch')
+        rows = [row for name in contestants.model for variant in contestants.verified()
                 for row in verify(name, variant, steps.batch_size)]
     elif what.host:
         rows = host_costs(steps.rounds)

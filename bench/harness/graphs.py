@@ -9,7 +9,9 @@ torch.cuda.make_graphed_callables records modules too, but it puts a Python func
 `StandIn` runs the same functions again where there is no GPU, so all but `CudaRecorder` is tested on a CPU, bit for
 bit against `TrainStep`. No GPU has run this yet.
 """
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,7 +111,10 @@ class Segment:
         if self.params:
             flat: Any = [param.grad for param in self.params]
             torch._foreach_add_(flat, grads[-len(self.params):])
-        return None if self.x is self.source else grads[0]
+        if self.x is self.source:
+            return None
+        # In the layout of x, in which the backward pass of the segment before was warmed up: the head's isn't.
+        return grads[0] if grads[0].stride() == self.x.stride() else torch.empty_like(self.x).copy_(grads[0])
 
     def warm_up(self) -> None:
         self.grad_source: Any = torch.zeros_like(self.run())
@@ -205,6 +210,19 @@ class Recording:
         return y
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Within it Python collects no garbage: a CUDA graph of an earlier step, freed in a recording, would break it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 @dataclass
 class RecordedStep(TrainStep):
     """A `TrainStep` that replays recordings: the same numbers, in a fraction of the host's time.
@@ -255,7 +273,8 @@ class RecordedStep(TrainStep):
     def record(self, x: torch.Tensor, target: torch.Tensor) -> Recording:
         """A recording, which leaves batch norm's statistics and the gradients as they are."""
         kept = [(tensor, tensor.clone()) for tensor in (*self.model.buffers(), self.gradient)]
-        recording = Recording(self, x, target)
+        with _without_collection():
+            recording = Recording(self, x, target)
         for tensor, before in kept:
             tensor.copy_(before)
         return recording

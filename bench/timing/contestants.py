@@ -181,16 +181,6 @@ class Contestant:
         self.gates.set_epoch(round_)
         return [self.gates.draw() for _ in range(len(self.batches))]
 
-    def kernels(self) -> float | None:
-        """Kernels and copies that a GPU runs in a step; None on a CPU."""
-        if self.step.accelerator.device.type != 'cuda':
-            return None
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.time_turn(self.bare, 0)
-        counts = [event.count for event in profile.key_averages()
-                  if event.device_type == torch.autograd.DeviceType.CUDA]
-        return round(sum(counts) / len(self.batches), 1)
-
 
 def make_step(model: Any, accelerator: Accelerator, amp: bool, cuda_graphs: bool) -> TrainStep:
     """The training step of train.py, recorded or not, with the paper's optimiser."""
@@ -209,14 +199,12 @@ class Timings(NamedTuple):
             that is recorded.
         draws: The gates of each step in each round, by variant.
         block_seconds: What each block costs in an eager step (False) and in a recorded one (True).
-        kernels: Kernels a step, by variant; None on a CPU.
     """
     seconds: dict[Variant, list[float]]
     host_seconds: dict[Variant, list[float]]
     loops: dict[Variant, list[float]]
     draws: dict[Variant, list[list[list[bool]]]]
     block_seconds: dict[bool, list[float]]
-    kernels: dict[Variant, float | None]
 
 
 def time_in_turns(model: str, variants: list[Variant], settings: StepSettings) -> Timings:
@@ -258,7 +246,7 @@ def time_in_turns(model: str, variants: list[Variant], settings: StepSettings) -
         {variant: seconds[variant, 'loop'] for variant in looping},
         {variant: [contestant.draws(round_) for round_ in range(settings.rounds)]
          for variant, contestant in contestants.items()},
-        block_seconds, {variant: contestant.kernels() for variant, contestant in contestants.items()})
+        block_seconds)
 
 
 def _high_water_mark() -> int:

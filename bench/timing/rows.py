@@ -48,8 +48,6 @@ def measure(model: str, variants: list[Variant], steps: StepSettings) -> list[di
     rows = []
     for variant, seconds in timings.seconds.items():
         rows.append(dict(row(variant, seconds, loop=False), host_seconds=spread(timings.host_seconds[variant])))
-        if timings.kernels[variant] is not None:
-            rows[-1]['kernels'] = timings.kernels[variant]
         if steps.memory:
             rows[-1]['peak_mib'] = peak_memory(model, variant, steps)
         if variant.mode == 'batch' and not variant.compiled:

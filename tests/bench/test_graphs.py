@@ -1,4 +1,6 @@
 """The recorded step against the eager one, bit for bit, with the recorder's stand-in; and what it refuses."""
+import gc
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -110,6 +112,21 @@ def test_recording_leaves_statistics_and_gradients_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in step.model.state_dict().items())
 
 
+def test_no_garbage_is_collected_in_a_recording(monkeypatch):
+    """A CUDA graph that dies there breaks the recording; what is garbage by then is collected before."""
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    twins, collecting = Twins(rate=0.), []
+    dead = weakref.ref(Cycle())
+    monkeypatch.setattr(graphs.StandIn, 'warm_up', lambda recorder, function: collecting.append(
+        (gc.isenabled(), dead())) or function())
+    twins.recorded.record(*twins.batch(0))
+    assert set(collecting) == {(False, None)}
+    assert gc.isenabled()
+
+
 def test_gradients_begin_at_multiples_of_512_bytes_and_lie_apart():
     step = Twins().recorded
     for value, param in enumerate(step.model.parameters(), start=1):
@@ -209,13 +226,16 @@ def test_networks_and_processes_that_can_not_be_recorded_are_refused():
 @pytest.mark.parametrize('more', [
     ('--amp', '--eval-interval', '2', '--log-gradients', '--smoothing', '0.1', '--grad-accum-steps', '2'),
     ('--drop-path', '0', '--no-channels-last')])
-def test_a_whole_training_is_that_without_recording(toy_flags, tmp_path, more):
+def test_a_whole_training_is_that_without_recording(toy_flags, tmp_path, monkeypatch, more):
     """The last batch of an epoch is partial; the learning rate changes with each update."""
+    sizes, record = [], RecordedStep.record
+    monkeypatch.setattr(RecordedStep, 'record', lambda step, x, target: sizes.append(len(x)) or record(step, x, target))
     for name, flags in (('eager', ()), ('recorded', ('--cuda-graphs',))):
         result = run_here('train.py', *toy_flags, *more, '--drop-path-schedule', 'uniform', *flags,
                           '--output', tmp_path, '--experiment', name)
         assert result.returncode == 0, result.stderr
         assert ('CUDA graphs' in result.stderr.splitlines()[0]) == (name == 'recorded')
+    assert sizes == [8, 4]
     assert_same_run(tmp_path / 'recorded', tmp_path / 'eager')
     ours, theirs = (read_results(tmp_path / name) for name in ('recorded', 'eager'))
     assert (ours['hardware']['cuda_graphs'], theirs['hardware']['cuda_graphs']) == (True, False)
