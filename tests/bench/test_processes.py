@@ -6,12 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
-from support.commands import BENCH, assert_same_run, read_csv, read_results, run_here
+from support.commands import BENCH, assert_same_errors, assert_same_run, read_csv, read_results, run_here
 from support.ranks import on_two_ranks
 from support.updates import check_updates
 from support.waiting import wait_until
@@ -27,6 +28,19 @@ def update_every_second_batch():
     check_updates(two_ranks(), 2)
 
 
+def evaluation_in_batches_of_their_own_size():
+    """140 validation images and 64 a step in training; the run folder is the first rank's."""
+    with tempfile.TemporaryDirectory() as output:
+        folders = []
+        for size in ([], ['-vb', '9']):
+            result = run_here('train.py', *TRAIN, '--epochs', '1', '-b', '32', *size, '--require-processes', '2',
+                              '--output', output, '--experiment', f'run{len(folders)}')
+            assert result.returncode == 0, result.stderr
+            folders.append(Path(output, f'run{len(folders)}'))
+        if PartialState().is_main_process:
+            assert_same_errors(*folders)
+
+
 def two_ranks():
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
@@ -35,6 +49,10 @@ def two_ranks():
 
 def test_two_ranks_update_as_one_process():
     on_two_ranks(update_every_batch, update_every_second_batch)
+
+
+def test_two_ranks_evaluate_in_batches_of_any_size():
+    on_two_ranks(evaluation_in_batches_of_their_own_size)
 
 
 # --- accelerate launch bench/train.py, by the README's lines

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from support.commands import read_csv, read_results, refused, run_here, weights
+from harness import engine, training
+from support.commands import assert_same_errors, read_csv, read_results, refused, run_here, weights
 from support.data import write_parquet
 
 TEST_FILE = 'data/test-00000-of-00001.parquet'
@@ -53,6 +54,29 @@ def test_validate_finds_the_stated_error(finished, toy_folder, tmp_path):
     assert float(row['top1']) == 100 - float(row['top1_err'])
     assert float(row['param_count']) == round(results['param_count'] / 1e6, 2)
     assert (row['model'], row['img_size']) == ('sd_resnet20_cifar', '8')
+
+
+def test_validation_and_test_in_batches_of_their_own_size(finished, toy_flags, tmp_path, monkeypatch):
+    """Of 12 and 20 images, and training in batches of 8; neither the weights nor the errors change."""
+    sizes, evaluate, backward = [], training.evaluate, engine.TrainStep.backward
+
+    def watched(model, batches, accelerator, amp):
+        hook = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        found = evaluate(model, batches, accelerator, amp)
+        hook.remove()
+        return found
+
+    def trained(step, x, *args):
+        sizes.append(f'train {len(x)}')
+        return backward(step, x, *args)
+
+    monkeypatch.setattr(training, 'evaluate', watched)
+    monkeypatch.setattr(engine.TrainStep, 'backward', trained)
+    result = run_here('train.py', *toy_flags, '-vb', '5', '--output', tmp_path, '--experiment', 'a')
+    assert result.returncode == 0, result.stderr
+    assert sizes == [*([*['train 8'] * 4, 'train 4', 5, 5, 2] * 3), *([5] * 8)]  # the test is of two networks
+    assert_same_errors(tmp_path / 'a', finished[0])
+    assert 'validation_batch_size' not in read_results(tmp_path / 'a')['changed_from_recipe']
 
 
 def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy_folder):

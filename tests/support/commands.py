@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -83,9 +84,26 @@ def summary(folder):
     return [{key: value for key, value in row.items() if key != 'train_seconds'} for row in rows]
 
 
-def assert_same_run(folder, other):
-    """Two run folders hold the same training, bit for bit."""
+def assert_same_weights(folder, other):
+    """Two run folders hold the same weights, bit for bit."""
     ours, theirs = weights(folder), weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_same_run(folder, other):
+    """Two run folders hold the same training, bit for bit."""
+    assert_same_weights(folder, other)
     assert summary(folder) == summary(other)
+
+
+def assert_same_errors(folder, other):
+    """Likewise, but for the rounding of the loss of what was evaluated, in other batches."""
+    def without_losses(row):
+        return {key: value for key, value in row.items() if key != 'eval_loss'}
+
+    assert_same_weights(folder, other)
+    assert [*map(without_losses, summary(folder))] == [*map(without_losses, summary(other))]
+    ours, theirs = read_results(folder), read_results(other)
+    for tested in ('test_best', 'test_last'):
+        assert ours[tested] == dict(theirs[tested], loss=pytest.approx(theirs[tested]['loss'], rel=1e-5))

@@ -27,6 +27,8 @@ class ImageSettings:
     std: list[float] | None = flag(None, "standard deviation of each channel (default: the model's)", type=float,
                                    nargs='+')
     batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
+    validation_batch_size: int | None = flag(None, 'likewise in validation and testing (default: --batch-size)',
+                                             short='-vb', type=positive_int)
     in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
     workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=positive_int)
 
@@ -170,14 +172,16 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
         UserError: If size, mean or std don't suit the images.
     """
     mean, std = _mean_and_std(settings, cfg)
-    order: dict[str, Any] = dict(train=augmentation is not None, seed=seed, rank=accelerator.process_index,
+    train = augmentation is not None
+    batch_size = settings.batch_size if train else settings.validation_batch_size or settings.batch_size
+    order: dict[str, Any] = dict(train=train, seed=seed, rank=accelerator.process_index,
                                  world_size=accelerator.num_processes)
     if isinstance(images, ImageSet):
         _check_image_size(settings, cfg, _image_size(images))
         looks: dict[str, Any] = {}
         if augmentation is not None:
             looks = dict(crop_padding=augmentation.crop_padding, hflip=augmentation.hflip)
-        return MemoryBatches(images.to(accelerator.device), settings.batch_size, mean, std, **looks, **order)
+        return MemoryBatches(images.to(accelerator.device), batch_size, mean, std, **looks, **order)
     if augmentation is None:
         looks = dict(crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'])
     else:
@@ -186,4 +190,4 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
     size = (3, settings.img_size, settings.img_size) if settings.img_size else cfg['input_size']
     transform = create_transform(size, is_training=augmentation is not None, mean=tuple(mean), std=tuple(std),
                                  interpolation=cfg['interpolation'], **looks)
-    return LoaderBatches(images, settings.batch_size, transform, accelerator.device, settings.workers, **order)
+    return LoaderBatches(images, batch_size, transform, accelerator.device, settings.workers, **order)
