@@ -28,8 +28,8 @@ from harness.errors import UserError, one_line
 from harness.files import make_folder, read_parts, write_atomic, write_csv, write_json, write_parts
 
 # Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
-MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'data_dir', 'threads',
-              'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
+MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
+              'threads', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class TrainingSettings:
     cuda_graphs: bool = flag(False, 'record each block of sd_resnet*_cifar once as CUDA graphs, and replay the open '
                                     'ones (not yet run on a GPU; on a CPU it is tried without)')
     log_interval: int = flag(20, 'steps between updates of the progress bar', type=positive_int)
+    checkpoint_interval: int = flag(1, 'epochs between checkpoints: what a kill loses at most', type=positive_int,
+                                    metavar='EPOCHS')
     checkpoint_hist: int = flag(2, 'checkpoints to keep', type=positive_int)
 
 
@@ -56,7 +58,7 @@ class Progress:
 
 @dataclass
 class Trainer:
-    """Trains a network, keeps its best weights, and saves its state after each epoch.
+    """Trains a network, keeps its best weights, and saves its state every --checkpoint-interval epochs.
 
     Attributes:
         settings: See `TrainingSettings`.
@@ -89,6 +91,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.gates = timm_sd.depth_gates(self.model)
+        self.unsaved_best: dict[str, torch.Tensor] | None = None  # the best weights, where the folder lacks them yet
         # Both belong to the epoch that is being trained.
         self.gradients: list[torch.Tensor] = []  # mean absolute gradient of `watched`, one an update
         self.validation_seconds = 0.  # of validations within the epoch
@@ -179,18 +182,27 @@ class Trainer:
         if val['top1'] > progress.best_top1 or not self.selects:
             progress.best_epoch, progress.best_top1 = progress.epoch, val['top1']
             if self.accelerator.is_main_process:
-                self.folder.save_best(self.model.state_dict(), progress.epoch)
+                # A copy on the device: the way to the disk would hold up the epoch.
+                self.unsaved_best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         return val
 
     def save(self, row: dict[str, float]) -> None:
-        """Ends an epoch: adds its row, and saves a checkpoint and summary.csv."""
+        """Ends an epoch: adds its row, saves a checkpoint if it is time for one, and writes summary.csv."""
         self.progress.rows.append(row)
         self.progress.hardware.append(dict(hardware(self.accelerator, self.amp), cuda_graphs=self.settings.cuda_graphs))
         self.progress.epoch += 1
         if self.accelerator.is_main_process:
-            state = dict(vars(self.progress), network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-            self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
+            if self.progress.epoch % self.settings.checkpoint_interval == 0 or self.progress.epoch == self.epochs:
+                self.save_checkpoint()
             self.folder.write_summary(self.progress.rows)
+
+    def save_checkpoint(self) -> None:
+        """Saves the state, and before it the best weights, so that each checkpoint finds those that it names."""
+        if self.unsaved_best is not None:
+            self.folder.save_best(self.unsaved_best, self.progress.best_epoch)
+            self.unsaved_best = None
+        state = dict(vars(self.progress), network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
 
     def test(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
         """Test loss and errors of these weights, in fp32, so that validate.py and timm's give the same anywhere."""

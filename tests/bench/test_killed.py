@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from harness.run_folder import RunFolder
 from support.commands import SMALL, assert_same_run, bench, command, read_results, run_here
 from support.waiting import wait_until
 
@@ -35,6 +36,32 @@ def test_resume_after_kill_9_gives_the_same_weights(undisturbed, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, undisturbed)
     assert json.loads(result.stdout) == dict(run_folder=str(folder), **read_results(folder))
+
+
+def test_kill_9_loses_no_more_epochs_than_lie_between_checkpoints(toy_flags, tmp_path):
+    """Killed twice, it still equals a run of one checkpoint an epoch."""
+    args = [*toy_flags, '--epochs', '10', '--output', tmp_path, '--experiment']
+    whole = run_here('train.py', *args, 'a')
+    assert whole.returncode == 0, whole.stderr
+    args += ['b', '--checkpoint-interval', '3', '--resume', 'auto']
+    folder = RunFolder(tmp_path / 'b')
+    for epochs in (2, 5):
+        with subprocess.Popen(command('train.py', *args), stderr=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL) as process:
+            try:
+                wait_until(lambda epochs=epochs: folder.epochs_written() >= epochs, process=process)
+            finally:
+                process.kill()
+        assert folder.read_results() is None
+    saved = folder.load_checkpoint()['epoch']
+    assert saved % 3 == 0
+    assert folder.epochs_written() - saved <= 3
+    resumed = run_here('train.py', *args)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.count('train_loss') == 10 - saved
+    assert_same_run(tmp_path / 'b', tmp_path / 'a')
+    assert sorted(path.name for path in folder.checkpoints.glob('checkpoint-*')) == [
+        'checkpoint-0009.pt', 'checkpoint-0010.pt']
 
 
 def test_resume_after_kill_9_of_a_run_whose_workers_read(toy_flags, tmp_path):

@@ -1,11 +1,13 @@
 """A run that was stopped and goes on equals one that nobody disturbed, bit for bit."""
+import os
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from harness import engine
+from harness import engine, training
 from harness.run_folder import RunFolder
 from support.commands import assert_same_run, read_results, refused, run_here
 
@@ -56,6 +58,50 @@ def test_stopped_anywhere_and_resumed_equals_undisturbed(toy_flags, finished, tm
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / 'a', whole)
     assert read_results(tmp_path / 'a')['test_last'] == read_results(whole)['test_last']
+
+
+@pytest.mark.slow
+def test_stopped_in_any_write_and_resumed_equals_undisturbed(toy_flags, tmp_path, monkeypatch):
+    """As a kill would, it leaves the new file beside the old one; of five epochs the third and the fourth are best."""
+    args = [*toy_flags, '--epochs', '5', '--checkpoint-interval', '2', '--output', tmp_path, '--resume', 'auto',
+            '--experiment']
+    run_epoch, evaluate, replace, writes = training.Trainer.run_epoch, training.evaluate, os.replace, []
+
+    def run_noted_epoch(trainer, step, epoch, *args):
+        noted.epoch = epoch
+        return run_epoch(trainer, step, epoch, *args)
+
+    def found(*args):
+        return dict(evaluate(*args), top1=[10., 0., 20., 30., 0.][noted.epoch])
+
+    def counted(source, target):
+        writes.append(target)
+        if len(writes) == noted.last_write:
+            raise Stopped
+        replace(source, target)
+
+    def folder_after(name):
+        assert run_here('train.py', *args, name).returncode == 0
+        return tmp_path / name, sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob('*'))
+
+    noted = SimpleNamespace(epoch=0, last_write=None)
+    monkeypatch.setattr(training.Trainer, 'run_epoch', run_noted_epoch)
+    monkeypatch.setattr(training, 'evaluate', found)
+    monkeypatch.setattr(os, 'replace', counted)
+    whole, files = folder_after('whole')
+    assert [path.name for path in writes if 'checkpoints' in path.parts] == [  # the best weights once, and first
+        'best-0001.safetensors', 'checkpoint-0002.pt', 'best-0004.safetensors', 'checkpoint-0004.pt',
+        'checkpoint-0005.pt']
+    for last_write in range(1, len(writes) + 1):
+        writes.clear()
+        noted.last_write, name = last_write, f'stopped-{last_write}'
+        with pytest.raises(Stopped):
+            run_here('train.py', *args, name)
+        noted.last_write = None
+        resumed, resumed_files = folder_after(name)
+        assert_same_run(resumed, whole)
+        assert read_results(resumed)['best_epoch'] == read_results(whole)['best_epoch'] == 3
+        assert resumed_files == files
 
 
 def test_damaged_newest_checkpoint_is_passed_over(copy, finished):

@@ -126,7 +126,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
 def find(output, resume=None, experiment=None, **flags):
     """The folder that these flags mean; the first time it is made."""
     flags = dict(dict(output=str(output), resume=resume, experiment=experiment, lr=0.1, threads=1, data_dir=None,
-                      batch_size=8, global_batch_size=8, validation_batch_size=None), **flags)
+                      batch_size=8, global_batch_size=8, validation_batch_size=None, checkpoint_interval=1), **flags)
     folder = find_run_folder(FolderSettings(str(output), experiment, resume), flags, 'net-32')
     folder.create(flags)
     return folder.path
@@ -139,7 +139,7 @@ def test_auto_goes_on_with_the_newest_run_of_the_same_flags(tmp_path):
     assert find(tmp_path, resume='auto') == tmp_path / 'newer'
     # what changes nothing that is computed may differ; two processes of four images are as one of eight
     assert find(tmp_path, resume='auto', threads=2, data_dir='elsewhere', batch_size=4,
-                validation_batch_size=5) == tmp_path / 'newer'
+                validation_batch_size=5, checkpoint_interval=3) == tmp_path / 'newer'
     assert find(tmp_path, resume='auto', lr=0.5) == tmp_path / 'newest'
     assert find(tmp_path, resume='auto', experiment='old') == tmp_path / 'old'
     assert find(tmp_path, resume=str(tmp_path / 'old')) == tmp_path / 'old'

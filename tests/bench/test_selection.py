@@ -70,6 +70,48 @@ def test_validation_within_an_epoch_selects(toy_flags, tmp_path, evaluations):
     assert results['test_last'] == read_results(tmp_path / 'plain')['test_last']  # looking changes nothing
 
 
+@pytest.mark.parametrize(('flags', 'top1', 'best', 'files'), [
+    ([], [10., 20., 40., 30., 20.], 2, 'best-0002 best-0003 checkpoint-0004 checkpoint-0005'),
+    ([], [40., 30., 20., 30., 40.], 0, 'best-0001 checkpoint-0004 checkpoint-0005'),
+    ([], [10., 20., 30., 40., 50.], 4, 'best-0002 best-0004 best-0005 checkpoint-0004 checkpoint-0005'),
+    # within an epoch and at its end
+    (['--eval-interval', '3'], [10., 20., 30., 20., 60., 50., 20., 20., 20., 20.], 4,
+     'best-0002 best-0003 checkpoint-0004 checkpoint-0005'),
+    (['--eval-interval', '3'], [10., 20., 10., 20., 50., 60., 20., 20., 20., 20.], 5,
+     'best-0001 best-0003 checkpoint-0004 checkpoint-0005'),
+    (['--val-split', 'test'], [50., 40., 30., 20., 10.], 4,
+     'best-0002 best-0004 best-0005 checkpoint-0004 checkpoint-0005')])
+def test_the_best_weights_between_checkpoints(toy_flags, tmp_path, evaluations, flags, top1, best, files):
+    """A checkpoint after every second epoch of five, and after the last: the best weights of then go with it."""
+    evaluations.top1 = list(top1)
+    result = run_here('train.py', *toy_flags, '--epochs', '5', '--checkpoint-interval', '2', *flags,
+                      '--output', tmp_path, '--experiment', 'a')
+    assert result.returncode == 0, result.stderr
+    assert same(weights(tmp_path / 'a'), evaluations.seen[best][2])
+    assert same(evaluations.seen[-1][2], evaluations.seen[best][2])
+    results = read_results(tmp_path / 'a')
+    assert results['best_epoch'] == best * 5 // len(top1)
+    assert results['val_top1_err'] == 100 - top1[best]
+    assert sorted(path.name.partition('.')[0] for path in (tmp_path / 'a' / 'checkpoints').glob('*-*')) == files.split()
+
+
+def test_the_best_weights_of_the_checkpoint_before_a_damaged_one(toy_flags, tmp_path, evaluations):
+    """The fifth epoch's were better; in its second training they are worse than the third's."""
+    args = [*toy_flags, '--epochs', '5', '--checkpoint-interval', '2', '--output', tmp_path, '--experiment', 'a']
+    evaluations.top1 = [10., 20., 30., 20., 40.]
+    assert run_here('train.py', *args).returncode == 0
+    checkpoints = tmp_path / 'a' / 'checkpoints'
+    (checkpoints / 'checkpoint-0005.pt').write_bytes(b'damaged')
+    (tmp_path / 'a' / 'results.json').unlink()
+    evaluations.top1 = [20.]
+    result = run_here('train.py', *args, '--resume', 'auto')
+    assert result.returncode == 0, result.stderr
+    assert 'checkpoint-0005.pt is damaged' in result.stderr
+    assert same(weights(tmp_path / 'a'), evaluations.seen[2][2])
+    assert read_results(tmp_path / 'a')['best_epoch'] == 2
+    assert sorted(path.name.partition('.')[0] for path in checkpoints.glob('best-*')) == ['best-0002', 'best-0003']
+
+
 def test_a_validation_split_that_is_the_test_split_selects_nothing(toy_flags, tmp_path, evaluations):
     evaluations.top1 = [30., 20., 10.]
     result = run_here('train.py', *toy_flags, '--val-split', 'test', '--output', tmp_path, '--experiment', 'a')
