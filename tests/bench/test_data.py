@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from harness.data import splits
-from harness.data.in_memory import MemoryBatches, load_image_set, random_crop_flip
+from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set, random_crop_flip
 from harness.data.sources import SourceSettings, open_split
 from harness.data.splits import ImageSettings, SplitSettings, hold_out, load_splits
 from harness.errors import UserError
 from support.data import image_set, write_classes, write_parquet
+from support.networks import CountOps
 
 
 def test_decodes_losslessly_and_finds_columns(tmp_path):
@@ -162,3 +163,41 @@ def test_two_ranks_see_the_samples_of_one():
         assert torch.equal(whole[0][0::2], first[0])
         assert torch.equal(whole[0][1::2], second[0])
         assert whole[2] == first[2] == second[2] == len(first[1]) + len(second[1])
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+@pytest.mark.parametrize(('train', 'drop_last'), [(True, False), (True, True), (False, False)])
+def test_batches_made_at_once_are_those_made_one_by_one(train, drop_last, ranks):
+    """Of 19 images, six in a batch of all ranks: the last and partial batch has nothing for a second or third rank."""
+    data = image_set(19)
+    for rank in range(ranks):
+        batches = MemoryBatches(data, 6 // ranks, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), train, crop_padding=2, hflip=0.5,
+                                rank=rank, world_size=ranks, drop_last=drop_last)
+        batches.set_epoch(3)
+        generator = batches.generator()
+        order, draws = batches.order(generator), torch.rand(19, 3, generator=generator)
+        expected = []
+        for index, size in batches.shares(order):
+            x = (data.images[index] - batches.mean) / batches.std
+            expected.append((random_crop_flip(x, 2, 0.5, draws[index]) if train else x, data.labels[index], size))
+        assert len(expected) == len(batches)
+        for at_once in (1, 2, 3, 100):
+            batches.at_once = at_once
+            for (x, target, size), (x_alone, target_alone, size_alone) in zip(batches, expected, strict=True):
+                assert torch.equal(x, x_alone)
+                assert torch.equal(target, target_alone)
+                assert size == size_alone
+                assert x.is_contiguous(memory_format=torch.channels_last if train else torch.contiguous_format)
+
+
+def test_a_gpu_makes_as_many_batches_at_once_as_fit_32_mib():
+    """The device meta stands for it. 391 batches of 128 in groups of 21, and one of 4096 by itself is larger."""
+    pictures = torch.empty(50_000, 3, 32, 32, dtype=torch.uint8, device='meta')
+    data = ImageSet(pictures, torch.empty(50_000, dtype=torch.int64, device='meta'), [])
+    for size, at_once, groups in ((128, 21, 19), (4096, 1, 13)):
+        batches = MemoryBatches(data, size, (0.5,) * 3, (0.25,) * 3, train=True, crop_padding=4, hflip=0.5)
+        assert batches.at_once == at_once
+        with CountOps() as ops:
+            assert [len(x) for x, _, _ in batches] == [size] * (len(batches) - 1) + [50_000 % size]
+        assert ops.counts['constant_pad_nd'] == groups
+    assert MemoryBatches(image_set(20), 1, (0.5,) * 3, (0.25,) * 3).at_once == 1

@@ -5,12 +5,18 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from harness.data.in_memory import ImageSet, MemoryBatches
-from harness.engine import TrainStep, autocast, default_amp, evaluate
+from harness.engine import TrainStep, autocast, default_amp, evaluate, train_epoch
+from support.data import image_set
 from support.updates import check_updates
 
 CPU = torch.device('cpu')
@@ -80,6 +86,53 @@ def test_evaluation_counts_as_a_loop_over_the_images_and_changes_nothing():
         top1, top5 = top1 + (better < 1), top5 + (better < 5)
     assert found == pytest.approx(dict(loss=loss / 23, top1=100 * top1 / 23, top5=100 * top5 / 23), rel=1e-5)
     assert 0 < found['top1'] < found['top5'] < 100
+
+
+class OnMeta(Accelerator):
+    """On the device meta, which stands for a GPU: it has no values, so whatever would wait for one is an error."""
+    device = torch.device('meta')
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Counts the tensors that go from the CPU to the device meta."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ('_to_copy', 'copy_'):
+            self.count += any(tensor.is_cpu for tensor in args if isinstance(tensor, torch.Tensor)) and result.is_meta
+        return result
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The values that were asked for by item() or tolist(), each of which waits for the device; all are 0."""
+    asked = []
+    monkeypatch.setattr(torch.Tensor, 'item', lambda tensor: asked.append(tensor) or 0.)
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda tensor: asked.append(tensor) or [0.] * len(tensor))
+    return asked
+
+
+@pytest.mark.parametrize(('log_interval', 'logs'), [(1, 5), (2, 2), (20, 0)])
+def test_an_epoch_waits_for_the_device_when_it_logs_and_at_its_end(waits, log_interval, logs):
+    """Five steps. To the device go the order and the draws, before the first of them."""
+    accelerator, seen = OnMeta(cpu=True), []
+    network = timm.create_model('sd_resnet20_cifar', drop_path_rate=0.5).to('meta')
+    model, optimizer = accelerator.prepare(network, create_optimizer_v2(network, 'sgd', lr=0.1))
+    batches = MemoryBatches(image_set(19).to('meta'), 4, (0.5,) * 3, (0.25,) * 3, train=True, crop_padding=2, hflip=0.5)
+    scheduler, _ = create_scheduler_v2(optimizer, 'cosine', 1, updates_per_epoch=len(batches))
+    with CopiesToMeta() as copies:
+        train_epoch(TrainStep(model, optimizer, accelerator, autocast(CPU, False)), batches, scheduler, 0,
+                    tqdm(disable=True), log_interval, before_update=lambda update: seen.append(copies.count))
+    assert len(waits) == logs + 1
+    assert seen == [2] * 5
+
+
+def test_evaluation_waits_for_the_device_once(waits):
+    network = timm.create_model('sd_resnet20_cifar').to('meta')
+    evaluate(network, MemoryBatches(image_set(19).to('meta'), 4, (0.5,) * 3, (0.25,) * 3), OnMeta(cpu=True),
+             autocast(CPU, False))
+    assert len(waits) == 1
 
 
 @pytest.mark.parametrize(('bf16', 'amx'), [(False, False), (True, False), (False, True)])

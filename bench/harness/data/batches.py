@@ -24,7 +24,7 @@ class Batches:
     def __init__(self, total: int, batch_size: int, train: bool = False, seed: int = 0, rank: int = 0,
                  world_size: int = 1, drop_last: bool = False) -> None:
         self.total = total
-        self.global_batch_size = batch_size * world_size
+        self.batch_size, self.global_batch_size = batch_size, batch_size * world_size
         self.images = total - total % self.global_batch_size if drop_last else total
         self.train = train
         self.seed, self.epoch = seed, 0

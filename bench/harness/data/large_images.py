@@ -93,7 +93,7 @@ class LoaderBatches(Batches):
         if not self.images:
             raise UserError(f'{data.split.where} holds {self.total} images, less than a batch of '
                             f'{self.global_batch_size}; lower --batch-size')
-        self.data, self.batch_size, self.device = data, batch_size, device
+        self.data, self.device = data, device
         self.options: dict[str, Any] = dict(
             num_workers=workers, collate_fn=_Collate(transform, data.split.where))
 
