@@ -5,9 +5,9 @@ each block, and head with loss are recorded once, forward and backward: they are
 the host, replays the segments of the open blocks forward and then in reverse order backward, and updates. A segment
 reads where the one before it writes; behind closed blocks one copy moves the features on, and one the gradient.
 
-torch.cuda.make_graphed_callables records modules too, but it puts a Python function of autograd around each.
-`StandIn` runs the same functions again where there is no GPU, so all but `CudaRecorder` is tested on a CPU, bit for
-bit against `TrainStep`. No GPU has run this yet.
+Not torch.cuda.make_graphed_callables: each module that it records is a Python function of autograd, which costs the
+host more than the replay. `StandIn` runs the same functions again where there is no GPU. So all but `CudaRecorder` is
+tested on a CPU, bit for bit against `TrainStep`. No GPU has run this yet.
 """
 import gc
 from collections.abc import Callable, Iterator, Sequence

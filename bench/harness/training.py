@@ -31,7 +31,7 @@ class TrainingSettings:
     log_gradients: bool = flag(False, "mean absolute gradient of the first block's first layer, by epoch, into "
                                       'summary.csv')
     cuda_graphs: bool = flag(False, 'record each block of sd_resnet*_cifar once as CUDA graphs, and replay the open '
-                                    'ones (not yet run on a GPU; on a CPU it is tried without)')
+                                    'ones (not yet run on a GPU; on a CPU a stand-in runs the same lines)')
     log_interval: int = flag(20, 'steps between updates of the progress bar', type=positive_int)
     checkpoint_interval: int = flag(1, 'epochs between checkpoints: what a kill loses at most', type=positive_int,
                                     metavar='EPOCHS')

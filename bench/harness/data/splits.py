@@ -27,7 +27,7 @@ class ImageSettings:
     std: list[float] | None = flag(None, "standard deviation of each channel (default: the model's)", type=float,
                                    nargs='+')
     batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
-    validation_batch_size: int | None = flag(None, 'likewise in validation and testing (default: --batch-size)',
+    validation_batch_size: int | None = flag(None, 'the same in validation and testing (default: --batch-size)',
                                              short='-vb', type=positive_int)
     in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
     workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=positive_int)
