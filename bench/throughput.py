@@ -95,17 +95,17 @@ def print_profiles(model: str, variants: list[Variant], steps: StepSettings) -> 
     """The operators of a turn of training steps by the time they take themselves, and on a GPU the kernels a step."""
     contestants = {variant: Contestant(build(model, variant), steps, variant.compiled, variant.cuda_graphs)
                    for variant in variants}
-    for contestant in contestants.values():  # all are recorded before the first profile: a recording is blind behind it
+    for contestant in contestants.values():  # to warm up; what is recorded after a profile may be missing in the next
         contestant.bare()
     for variant, contestant in contestants.items():
         with torch.profiler.profile() as profile:
             contestant.time_turn(contestant.bare, 0)
         on_cpu = contestant.step.accelerator.device.type == 'cpu'
-        table, kernels = profile.key_averages(), count_kernels(profile.key_averages())
-        print(f'{model}, {variant.label}, {steps.steps} steps'
-              f'{"" if on_cpu else f", {kernels / steps.steps:.0f} kernels and copies a step"}')
-        print(table.table(sort_by='self_cpu_time_total' if on_cpu else 'self_device_time_total', row_limit=16,
-                          max_name_column_width=40))
+        averages = profile.key_averages()
+        kernels = '' if on_cpu else f', {count_kernels(averages) / steps.steps:.0f} kernels and copies a step'
+        print(f'{model}, {variant.label}, {steps.steps} steps{kernels}')
+        print(averages.table(sort_by='self_cpu_time_total' if on_cpu else 'self_device_time_total', row_limit=16,
+                             max_name_column_width=40))
 
 
 def count_kernels(events: Any) -> int:
