@@ -47,28 +47,28 @@ def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) ->
     return step * (train * open_share + validation / 3) / 128
 
 
-def step_seconds(depth: int, settings: RunSettings) -> float:
+def step_seconds(depth: int, grad_checkpointing: bool, cuda_graphs: bool) -> float:
     """Seconds of a step of 128 images at constant depth, timed now."""
     timed = min(152, depth)  # what is deeper takes long to try; time is linear in the blocks
     contestant = Contestant(build(f'sd_resnet{timed}_cifar', CONSTANT),
-                            StepSettings(steps=3, grad_checkpointing=settings.grad_checkpointing),
-                            cuda_graphs=settings.cuda_graphs)
+                            StepSettings(steps=3, grad_checkpointing=grad_checkpointing), cuda_graphs=cuda_graphs)
     turns = [contestant.time_turn(contestant.bare, 0)[0] for _ in range(3)]  # the first warms up
     return statistics.mean(turns[1:]) * (depth - 2) / (timed - 2)
 
 
 def print_plan(runs: list[Run], settings: RunSettings) -> None:
     """The runs, how far they are, and how long the rest takes, one after the other."""
-    steps: dict[int, float] = {}  # seconds, by depth
+    steps: dict[tuple[int, bool], float] = {}  # seconds, by depth and whether they are recorded
     total = 0.
     print(f'{"run":44}{"epochs":>8}{"done":>6}{"hours left":>12}')
     for run in runs:
         depth, done = run.experiment.depth, run.epochs_done()
         left, hours = run.epochs - done, 0.
         if left and run.experiment.data != 'imagenet':
-            if depth not in steps:
-                steps[depth] = step_seconds(depth, settings)
-            hours = left * estimated_epoch_seconds(run.experiment, run.budget, steps[depth]) / 3600
+            key = depth, run.is_recorded(settings)
+            if key not in steps:
+                steps[key] = step_seconds(depth, settings.grad_checkpointing, key[1])
+            hours = left * estimated_epoch_seconds(run.experiment, run.budget, steps[key]) / 3600
         total += hours
         estimate = '?' if left and run.experiment.data == 'imagenet' else f'{hours:.2f}'
         print(f'{run.name:44}{run.epochs:8}{done:6}{estimate:>12}', flush=True)

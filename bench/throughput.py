@@ -59,7 +59,6 @@ class ContestantSettings:
         return plain + [variant._replace(cuda_graphs=True) for variant in plain
                         if self.cuda_graphs and variant.mode in ('constant', 'batch')]
 
-
     def verified(self) -> list[Variant]:
         """What is compared with its recording: constant depth, and mode 'batch' with both scales."""
         dropping = [Variant('batch', rate, self.drop_path_schedule, scale)
@@ -74,7 +73,8 @@ class MeasurementSettings:
     profile: bool = flag(False, 'the operators of a step, with their times and counts')
     end_to_end: bool = flag(False, 'whole epochs of train.py, on the CPU')
     host: bool = flag(False, 'what the gate of a block costs the host, in microseconds')
-    verify: bool = flag(False, 'whether recorded steps compute what eager ones do, which is compared with itself too')
+    verify: bool = flag(False, 'whether recorded steps compute what eager ones do, and eager ones what they did, in '
+                               'fp32 and bf16 and with both scales')
     prefix: bool = flag(False, "timm's train.py with python -m timm_sd in front and without, on the CPU")
     output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
@@ -121,11 +121,13 @@ def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end
             raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
     if what.sweep + what.profile + what.end_to_end + what.host + what.verify + what.prefix > 1:
         raise UserError('--sweep, --profile, --end-to-end, --host, --verify and --prefix do different things; give one')
+    if contestants.cuda_graphs and (what.sweep or what.end_to_end or what.host or what.prefix):
+        raise UserError('--cuda-graphs goes with the table of steps, --profile and --verify; leave it out')
     if what.prefix and end_to_end.timm_train is None:
         raise UserError("--prefix runs timm's train.py; say with --timm-train where it is")
     if min(contestants.drop_path) == 0:
         raise UserError('--drop-path 0 saves nothing; give a rate above 0')
-    if 'constant' not in contestants.modes:
+    if 'constant' not in contestants.modes and not what.verify:
         raise UserError(f'--modes {" ".join(contestants.modes)} lacks constant, which the others are compared with')
     if end_to_end.timm_train is not None and not Path(end_to_end.timm_train).is_file():
         raise UserError(f"--timm-train {end_to_end.timm_train} is no file; give the train.py of a clone of timm's "
@@ -194,7 +196,7 @@ def main() -> None:
     if what.output:
         write(Path(what.output), rows, vars(flags), hardware(accelerator, amp))
     if what.verify and not is_right(rows):
-        sys.exit('the recorded step differs where the eager one repeats itself')
+        sys.exit('the recorded step differs by more than the eager one does from itself')
 
 
 if __name__ == '__main__':

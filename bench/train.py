@@ -4,6 +4,7 @@ Without arguments it runs the recipe `quickstart`, on data that scikit-learn shi
 """
 import json
 import sys
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -36,8 +37,9 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
         model = model.to(memory_format=torch.channels_last)
     if flags.training.cuda_graphs:
         check_recordable(model, flags.depth, flags.images.in_memory, accelerator)
-    batches = {name: make_batches(images, flags.images, model.pretrained_cfg, accelerator,
-                                  flags.augmentation if name == 'train' else None, seed)
+    evaluated = replace(flags.images, batch_size=flags.splits.validation_batch_size or flags.images.batch_size)
+    batches = {name: make_batches(images, flags.images if name == 'train' else evaluated, model.pretrained_cfg,
+                                  accelerator, flags.augmentation if name == 'train' else None, seed)
                for name, images in loaded.items()}
     optimizer, scheduler = build_optimizer(flags.optimizer, model, len(batches['train']))
     watched = first_branch_weight(model) if flags.training.log_gradients else None

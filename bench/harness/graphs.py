@@ -1,13 +1,14 @@
 """A training step that is recorded as CUDA graphs, and replayed by the gates of each mini-batch.
 
-Python starts some 1,900 small kernels in a step of 110 layers, which takes ten times as long as they run. So stem,
-each block, and head with loss are recorded once, forward and backward: they are the segments. A step draws its gates on
-the host, replays the segments of the open blocks forward and then in reverse order backward, and updates. A segment
-reads where the one before it writes; behind closed blocks one copy moves the features on, and one the gradient.
+Python starts some 1,900 small kernels in a step of 110 layers, which takes far longer than they run. So stem, each
+block, and head with loss are recorded once, forward and backward: they are the segments. A step draws its gates on the
+host, replays the segments of the open blocks forward and then in reverse order backward, and updates. A segment reads
+where the one before it writes; behind closed blocks one copy moves the features on, and one the gradient.
 
-Not torch.cuda.make_graphed_callables: each module that it records is a Python function of autograd, which costs the
-host more than the replay. `StandIn` runs the same functions again where there is no GPU. So all but `CudaRecorder` is
-tested on a CPU, bit for bit against `TrainStep`. No GPU has run this yet.
+Not torch.cuda.make_graphed_callables: each module that it records is a Python function of autograd, whose time on the
+host is what is to be saved. `StandIn` runs the same functions again where there is no GPU. So all but `CudaRecorder` is
+tested on a CPU, bit for bit against `TrainStep`. A batch of one image is equal up to rounding: its memory format is
+ambiguous, and the two may choose other kernels. No GPU has run this yet.
 """
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -294,7 +295,7 @@ def check_recordable(model: nn.Module, depth: DepthSettings, in_memory: bool, ac
         f'--drop-path-mode {gates and gates.mode}, only batch': gates is not None and gates.mode != 'batch',
         '--grad-checkpointing': depth.grad_checkpointing,
         '--compile model, only --compile blocks': depth.compile == 'model',
-        f'--torchcompile-mode {depth.torchcompile_mode}': depth.torchcompile_mode is not None,
+        f'--torchcompile-mode {depth.torchcompile_mode}': depth.torchcompile_mode not in (None, 'default'),
         '--no-in-memory': not in_memory,
         'dropout (drop_rate)': bool(getattr(model, 'drop_rate', 0.)),
         'frozen parameters': not all(param.requires_grad for param in model.parameters()),
@@ -302,4 +303,4 @@ def check_recordable(model: nn.Module, depth: DepthSettings, in_memory: bool, ac
     }
     for what, is_refused in refused.items():
         if is_refused:
-            raise UserError(f'--cuda-graphs can not record {what}; leave out --cuda-graphs, or change that')
+            raise UserError(f'--cuda-graphs can not record {what}; change that, or go on without')

@@ -83,7 +83,8 @@ def time_ratio(ours: Found, base: Found) -> str:
     """Ratio of the seconds an epoch, if all runs had the same machine to themselves; else nothing."""
     if not (ours.seconds and base.seconds):
         return ''
-    kinds = {tuple(results['hardware'][key] for key in ('device', 'amp', 'processes', 'threads'))
+    keys = ('device', 'amp', 'processes', 'threads', 'cuda_graphs')  # older runs lack the last
+    kinds = {tuple(results['hardware'].get(key) or False for key in keys)
              for runs in (ours, base) for results in runs.results}
     return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if len(kinds) == 1 else ''
 

@@ -72,8 +72,12 @@ class Run(NamedTuple):
     def is_complete(self) -> bool:
         return (self.results / self.name / 'results.json').exists()
 
+    def is_recorded(self, settings: RunSettings) -> bool:
+        """Whether its steps become CUDA graphs: where --cuda-graphs asks for it, and it can be."""
+        return settings.cuda_graphs and self.experiment.mode == 'batch' and self.experiment.recipe != 'imagenet'
+
     def epochs_done(self) -> int:
-        """Epochs that are done, by the run's own summary.csv, or of a complete run all of them."""
+        """Rows of the run's summary.csv; after a kill some may be trained again, see --checkpoint-interval."""
         return max(RunFolder(place / self.name).epochs_written() for place in (self.results, self.output))
 
     def copy_results(self) -> None:
@@ -100,7 +104,7 @@ class Run(NamedTuple):
         begun = RunFolder(self.output / self.name).read_flags()
         if begun is not None:
             line.append('--amp' if begun['amp'] else '--no-amp')
-        if settings.cuda_graphs and self.experiment.mode == 'batch' and self.experiment.recipe != 'imagenet':
+        if self.is_recorded(settings):
             line += ['--cuda-graphs', '--validation-batch-size', '1000', '--checkpoint-interval', '10']
         return line + ['--grad-checkpointing'] * settings.grad_checkpointing
 
@@ -116,6 +120,8 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
     Raises:
         UserError: If one of them isn't there, or its data.
     """
+    if settings.cuda_graphs and settings.grad_checkpointing:
+        raise UserError('--cuda-graphs can not record --grad-checkpointing; leave out one of them')
     experiments = list(dict.fromkeys(TARGETS[target]))
     filters = {key: values for key in ('recipe', 'depth', 'drop_path') if (values := getattr(choice, key)) is not None}
     for key, values in filters.items():
@@ -175,8 +181,6 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
     Raises:
         UserError: If some fail; the others go on meanwhile.
     """
-    if settings.cuda_graphs and settings.grad_checkpointing:
-        raise UserError('--cuda-graphs can not record --grad-checkpointing; leave out one of them')
     make_folder(runs[0].results, '--results')
     make_folder(runs[0].output, '--output')
     for run in runs:

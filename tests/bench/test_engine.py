@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import TrainStep, autocast, default_amp, evaluate, train_epoch
+from harness.graphs import RecordedStep
 from support.data import image_set
 from support.updates import check_updates
 
@@ -114,18 +115,19 @@ def waits(monkeypatch):
 
 
 @pytest.mark.parametrize(('log_interval', 'logs'), [(1, 5), (2, 2), (20, 0)])
-def test_an_epoch_waits_for_the_device_when_it_logs_and_at_its_end(waits, log_interval, logs):
-    """Five steps. To the device go the order and the draws, before the first of them."""
+@pytest.mark.parametrize(('kind', 'copied'), [(TrainStep, 2), (RecordedStep, 3)])
+def test_an_epoch_waits_for_the_device_when_it_logs_and_at_its_end(waits, kind, copied, log_interval, logs):
+    """Five steps. To the device go order, draws and, for the recorded step, the rates, before the first of them."""
     accelerator, seen = OnMeta(cpu=True), []
     network = timm.create_model('sd_resnet20_cifar', drop_path_rate=0.5).to('meta')
     model, optimizer = accelerator.prepare(network, create_optimizer_v2(network, 'sgd', lr=0.1))
     batches = MemoryBatches(image_set(19).to('meta'), 4, (0.5,) * 3, (0.25,) * 3, train=True, crop_padding=2, hflip=0.5)
     scheduler, _ = create_scheduler_v2(optimizer, 'cosine', 1, updates_per_epoch=len(batches))
     with CopiesToMeta() as copies:
-        train_epoch(TrainStep(model, optimizer, accelerator, autocast(CPU, False)), batches, scheduler, 0,
+        train_epoch(kind(model, optimizer, accelerator, autocast(CPU, False)), batches, scheduler, 0,
                     tqdm(disable=True), log_interval, before_update=lambda update: seen.append(copies.count))
     assert len(waits) == logs + 1
-    assert seen == [2] * 5
+    assert seen == [copied] * 5
 
 
 def test_evaluation_waits_for_the_device_once(waits):

@@ -27,8 +27,6 @@ class ImageSettings:
     std: list[float] | None = flag(None, "standard deviation of each channel (default: the model's)", type=float,
                                    nargs='+')
     batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
-    validation_batch_size: int | None = flag(None, 'the same in validation and testing (default: --batch-size)',
-                                             short='-vb', type=positive_int)
     in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
     workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=positive_int)
 
@@ -39,6 +37,8 @@ class SplitSettings:
     train_split: str = flag('train', "'+' joins several")
     val_split: str | None = flag(None, 'split to select by (default: held out of the training split)')
     test_split: str = flag('test', 'looked at once, at the end')
+    validation_batch_size: int | None = flag(None, 'images a process and step in validation and testing (default: '
+                                                   '--batch-size)', short='-vb', type=positive_int)
     val_per_class: list[int] = flag([500], 'images of each class held out for validation, one number for each joined '
                                     'split', type=positive_int, nargs='+')
 
@@ -172,16 +172,14 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
         UserError: If size, mean or std don't suit the images.
     """
     mean, std = _mean_and_std(settings, cfg)
-    train = augmentation is not None
-    batch_size = settings.batch_size if train else settings.validation_batch_size or settings.batch_size
-    order: dict[str, Any] = dict(train=train, seed=seed, rank=accelerator.process_index,
+    order: dict[str, Any] = dict(train=augmentation is not None, seed=seed, rank=accelerator.process_index,
                                  world_size=accelerator.num_processes)
     if isinstance(images, ImageSet):
         _check_image_size(settings, cfg, _image_size(images))
         looks: dict[str, Any] = {}
         if augmentation is not None:
             looks = dict(crop_padding=augmentation.crop_padding, hflip=augmentation.hflip)
-        return MemoryBatches(images.to(accelerator.device), batch_size, mean, std, **looks, **order)
+        return MemoryBatches(images.to(accelerator.device), settings.batch_size, mean, std, **looks, **order)
     if augmentation is None:
         looks = dict(crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'])
     else:
@@ -190,4 +188,4 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
     size = (3, settings.img_size, settings.img_size) if settings.img_size else cfg['input_size']
     transform = create_transform(size, is_training=augmentation is not None, mean=tuple(mean), std=tuple(std),
                                  interpolation=cfg['interpolation'], **looks)
-    return LoaderBatches(images, batch_size, transform, accelerator.device, settings.workers, **order)
+    return LoaderBatches(images, settings.batch_size, transform, accelerator.device, settings.workers, **order)
