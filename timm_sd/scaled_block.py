@@ -33,8 +33,9 @@ def scaled_block(block: Any, slots: dict[str, Any], factor: float | torch.Tensor
         for end, path, names, others in block.last_affine:
             if end in slots or block.branch_ends:
                 _scale_gradients(scaled, path, names, others, gradient_factor)
-    for name in block.branch_ends if block.branch_ends and factor != 1. else ():
-        scaled._modules[name] = _ScaledOutput(scaled._modules[name], factor)
+    if block.branch_ends and factor != 1.:
+        for name in block.branch_ends:
+            scaled._modules[name] = _ScaledOutput(scaled._modules[name], factor)
     return scaled
 
 

@@ -1,9 +1,9 @@
 """A training step that is recorded as CUDA graphs, and replayed by the gates of each mini-batch.
 
-Python starts some 1,900 small kernels in a step of 110 layers, which takes far longer than they run. So stem, each
-block, and head with loss are recorded once, forward and backward: they are the segments. A step draws its gates on the
-host, replays the segments of the open blocks forward and then in reverse order backward, and updates. A segment reads
-where the one before it writes; behind closed blocks one copy moves the features on, and one the gradient.
+A step of 110 layers is many small kernels, and a GPU seems to wait for Python to start them. So stem, each block, and
+head with loss are recorded once, forward and backward: they are the segments. A step draws its gates on the host,
+replays the segments of the open blocks forward and then in reverse order backward, and updates. A segment reads where
+the one before it writes; behind closed blocks one copy moves the features on, and one the gradient.
 
 Not torch.cuda.make_graphed_callables: each module that it records is a Python function of autograd, whose time on the
 host is what is to be saved. `StandIn` runs the same functions again where there is no GPU. So all but `CudaRecorder` is
@@ -14,30 +14,20 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 import timm_sd
-from harness.engine import TrainStep
+from harness.engine import TrainStep, autocast
 from harness.errors import UserError
 from harness.network import DepthSettings
 from timm_sd.resnet_cifar_sd import ResNetCifar
 from timm_sd.skippable import SkippableBlock
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Recorder(Protocol):
-    """Records functions that read and write at addresses that stay."""
-
-    def warm_up(self, function: Callable[[], Any]) -> None:
-        """Runs it before a recording."""
-
-    def record(self, function: Callable[[], torch.Tensor | None]) -> tuple[torch.Tensor | None, Callable[[], None]]:
-        """Returns the function's output, which has no values yet, and what to call to fill it."""
 
 
 class CudaRecorder:
@@ -52,7 +42,8 @@ class CudaRecorder:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: list[torch.cuda.CUDAGraph] = []  # none may die before the last replay (pytorch#193402)
 
-    def warm_up(self, function: Callable[[], Any]) -> None:
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Runs a function before a recording."""
         # On the stream of the recording: cuDNN's benchmarks, lazily loaded kernels and cuBLAS's workspace belong to it.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -61,6 +52,10 @@ class CudaRecorder:
         torch.cuda.synchronize()
 
     def record(self, function: Callable[[], torch.Tensor | None]) -> tuple[torch.Tensor | None, Callable[[], None]]:
+        """Returns the function's output, whose address stays and which has no values yet, and what to call to fill it.
+
+        The function must read at addresses that stay.
+        """
         self.graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(self.graphs[-1], pool=self.pool, stream=self.stream):
             output = function()
@@ -70,7 +65,7 @@ class CudaRecorder:
 class StandIn:
     """Does the same without a GPU: a replay runs the function again, and copies its output to the recorded place."""
 
-    def warm_up(self, function: Callable[[], Any]) -> None:
+    def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
     def record(self, function: Callable[[], torch.Tensor | None]) -> tuple[torch.Tensor | None, Callable[[], None]]:
@@ -83,6 +78,9 @@ class StandIn:
                 assert output.stride() == again.stride()
                 output.copy_(again)
         return output, replay
+
+
+Recorder = CudaRecorder | StandIn
 
 
 class Segment:
@@ -247,7 +245,7 @@ class RecordedStep(TrainStep):
         self.gradient = torch.zeros(sum(sizes), device=device)
         for param, part in zip(params, self.gradient.split(sizes), strict=True):
             param.grad = part.as_strided(param.shape, param.stride())
-        self.first_param, self.first_grad = params[0], params[0].grad
+        self.first_param, self.first_grad = params[0], params[0].grad  # to notice, in no time, if they are replaced
 
     @torch.no_grad()
     def backward(self, x: torch.Tensor, target: torch.Tensor, images: int, is_update: bool) -> torch.Tensor:
@@ -283,6 +281,15 @@ class RecordedStep(TrainStep):
     def update(self) -> None:
         self.optimizer.step()
         self.gradient.zero_()  # not the optimiser's zero_grad, which would take the gradients away
+
+
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, amp: bool,
+              cuda_graphs: bool, smoothing: float = 0., grad_accum_steps: int = 1) -> TrainStep:
+    """A training step, eager or recorded; `amp` is bf16 autocast, and the rest are the attributes of `TrainStep`."""
+    # A bf16 weight that autocast keeps would be that of the recording.
+    context = autocast(accelerator.device, amp, cache=not cuda_graphs)
+    kind = RecordedStep if cuda_graphs else TrainStep
+    return kind(model, optimizer, accelerator, context, smoothing, grad_accum_steps)
 
 
 def check_recordable(model: nn.Module, depth: DepthSettings, in_memory: bool, accelerator: Accelerator) -> None:

@@ -16,7 +16,7 @@ from harness.cli import flag, positive_int, unit_interval
 from harness.data.batches import Batches
 from harness.engine import TrainStep, autocast, evaluate, train_epoch
 from harness.errors import UserError
-from harness.graphs import RecordedStep
+from harness.graphs import make_step
 from harness.machine import hardware
 from harness.run_folder import RunFolder
 
@@ -107,10 +107,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.remove_after(self.progress.epoch)
         model, optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        recorded = self.settings.cuda_graphs
-        amp = autocast(self.accelerator.device, self.amp, cache=not recorded)
-        step = (RecordedStep if recorded else TrainStep)(
-            model, optimizer, self.accelerator, amp, self.settings.smoothing, self.settings.grad_accum_steps)
+        step = make_step(model, optimizer, self.accelerator, self.amp, self.settings.cuda_graphs,
+                         self.settings.smoothing, self.settings.grad_accum_steps)
         images = self.batches['train'].images
         with tqdm(total=self.epochs * images, initial=self.progress.epoch * images, unit=' images',
                   mininterval=1. if sys.stderr.isatty() else 60.,

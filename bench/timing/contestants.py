@@ -26,9 +26,9 @@ from tqdm import tqdm
 import timm_sd
 from harness.cli import flag, number, positive_int
 from harness.data.in_memory import ImageSet, MemoryBatches
-from harness.engine import TrainStep, autocast, default_amp, train_epoch
+from harness.engine import default_amp, train_epoch
 from harness.errors import UserError
-from harness.graphs import RecordedStep
+from harness.graphs import make_step
 from timm_sd.prefix import branch_shares
 from timm_sd.probe import residual_blocks
 
@@ -133,8 +133,9 @@ class Contestant:
         elif compiled:
             for residual in residual_blocks(model)[0]:
                 residual.block.compile(mode=settings.torchcompile_mode, dynamic=False)
-        self.model, self.gates, self.step = model, timm_sd.depth_gates(model), make_step(
-            model, accelerator, default_amp(device.type) if settings.amp is None else settings.amp, cuda_graphs)
+        self.model, self.gates = model, timm_sd.depth_gates(model)
+        self.step = make_step(model, papers_optimizer(model), accelerator,
+                              default_amp(device.type) if settings.amp is None else settings.amp, cuda_graphs)
         size = model.pretrained_cfg['input_size']
         pictures = torch.randint(256, (settings.batch_size * settings.steps, *size), dtype=torch.uint8)
         data = ImageSet(pictures, torch.randint(10, (len(pictures),)), [str(n) for n in range(10)])
@@ -182,11 +183,9 @@ class Contestant:
         return [self.gates.draw() for _ in range(len(self.batches))]
 
 
-def make_step(model: Any, accelerator: Accelerator, amp: bool, cuda_graphs: bool) -> TrainStep:
-    """The training step of train.py, recorded or not, with the paper's optimiser."""
-    optimizer = create_optimizer_v2(model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False, fused=True)
-    kind = RecordedStep if cuda_graphs else TrainStep
-    return kind(model, optimizer, accelerator, autocast(accelerator.device, amp, cache=not cuda_graphs))
+def papers_optimizer(model: Any) -> torch.optim.Optimizer:
+    """The paper's optimiser, with a small learning rate."""
+    return create_optimizer_v2(model, 'sgd', lr=1e-3, weight_decay=1e-4, filter_bias_and_bn=False, fused=True)
 
 
 class Timings(NamedTuple):

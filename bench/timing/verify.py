@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import timm_sd
 from harness.engine import TrainStep
-from timing.contestants import Variant, build, make_step
+from harness.graphs import make_step
+from timing.contestants import Variant, build, papers_optimizer
 
 STEPS = 12
 PARTIAL = 6  # every so many steps the batch is a partial one
@@ -42,8 +43,10 @@ def verify(model: str, variant: Variant, batch_size: int) -> list[dict[str, Any]
     rows = []
     for amp, deterministic in tqdm(SETTINGS, desc=f'{model}, {variant.label}', leave=False):
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
-        trainings = {name: make_step(copy.deepcopy(network), accelerator, amp, name == 'recorded')
-                     for name in ('eager', 'eager again', 'recorded')}
+        trainings = {}
+        for name in ('eager', 'eager again', 'recorded'):
+            twin = copy.deepcopy(network)
+            trainings[name] = make_step(twin, papers_optimizer(twin), accelerator, amp, name == 'recorded')
         found = {name: dict[str, Any](first_step=None, first_tensor=None) for name in trainings if name != 'eager'}
         for number in range(1, STEPS + 1):
             images = batch_size - (batch_size // 3 if number % PARTIAL == 0 else 0)

@@ -19,7 +19,7 @@ from harness.data.sources import Split, check_labels, decode, read_batches
 from harness.errors import UserError
 
 # On a GPU as many whole batches are made at once as fit: 21 of 128 images of 32 px, in float32. One by one, each costs
-# the host the start of some fifteen small kernels. On a CPU one batch is made at a time, for it stays in the cache.
+# the host the start of many small kernels. On a CPU one batch is made at a time, for it stays in the cache.
 GROUP_BYTES = 2**25
 
 
