@@ -28,27 +28,28 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     Raises:
         UserError: If a flag doesn't suit the data or the network; then nothing was written.
     """
-    loaded = load_splits(flags.source, flags.splits, flags.images,
-                         progress=accelerator.is_main_process and sys.stderr.isatty())
-    class_names, seed = loaded['train'].class_names, flags.training.seed
+    channels, seed = flags.network.channels, flags.training.seed
+    data = load_splits(flags.source, flags.splits, flags.images, accelerator, channels,
+                       progress=accelerator.is_main_process and sys.stderr.isatty())
     torch.manual_seed(seed)
-    model = build_network(flags.network, flags.depth, len(class_names), seed).to(accelerator.device)
+    model = build_network(flags.network, flags.depth, len(data.class_names), seed).to(accelerator.device)
     if flags.network.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if flags.training.cuda_graphs:
         check_recordable(model, flags.depth, flags.images.in_memory, accelerator)
     evaluated = replace(flags.images, batch_size=flags.splits.validation_batch_size or flags.images.batch_size)
     batches = {name: make_batches(images, flags.images if name == 'train' else evaluated, model.pretrained_cfg,
-                                  accelerator, flags.augmentation if name == 'train' else None, seed)
-               for name, images in loaded.items()}
+                                  accelerator, flags.augmentation if name == 'train' else None, seed, channels,
+                                  flags.splits.epoch_size)
+               for name, images in data.images.items()}
     optimizer, scheduler = build_optimizer(flags.optimizer, model, len(batches['train']))
     watched = first_branch_weight(model) if flags.training.log_gradients else None
     size = flags.images.img_size or model.pretrained_cfg['input_size'][-1]
     folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}')
     return Trainer(
         settings=flags.training, epochs=flags.optimizer.epochs, model=model, optimizer=optimizer, scheduler=scheduler,
-        batches=batches, accelerator=accelerator, amp=bool(flags.network.amp), folder=folder, class_names=class_names,
-        selects=not flags.splits.tests_while_training, watched=watched)
+        batches=batches, accelerator=accelerator, amp=bool(flags.network.amp), folder=folder, data=data,
+        watched=watched)
 
 
 def header(trainer: Trainer, flags: TrainFlags) -> str:

@@ -13,7 +13,8 @@ import torch
 from timm.data import resolve_data_config
 
 from harness.cli import Parser, add_flags, make_settings, run_script
-from harness.data.sources import SourceSettings
+from harness.data.columns import open_split
+from harness.data.sources import SourceSettings, open_data
 from harness.data.splits import ImageSettings, check_classes, load_images, make_batches
 from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
@@ -29,44 +30,59 @@ def validate_parser() -> Parser:
     parser.add_argument('--split', default='test', help='what is evaluated')
     parser.add_argument('--checkpoint', help='safetensors file, such as model.safetensors of a run folder')
     parser.add_argument('--results-file', help='CSV to write')
-    parser.set_defaults(model=None, dataset='uoft-cs/cifar10', amp=False)
+    # None: as the checkpoint says.
+    parser.set_defaults(model=None, dataset='uoft-cs/cifar10', amp=False, in_memory=None, model_kwargs=None)
     return parser
 
 
-def read_metadata(checkpoint: str) -> dict[str, Any]:
-    """Model, image size, mean and std, as train.py writes them into a checkpoint; empty for other kinds of file."""
+def read_metadata(file: str) -> dict[str, Any]:
+    """What train.py writes into a safetensors file of how its images look and what its classes are called.
+
+    Empty for files of others.
+    """
     try:
-        with safetensors.safe_open(checkpoint, 'pt') as file:
-            metadata = file.metadata() or {}
+        with safetensors.safe_open(file, 'pt') as opened:
+            metadata = opened.metadata() or {}
     except (OSError, safetensors.SafetensorError):
         return {}
-    found = {key: json.loads(metadata.get(key, 'null')) for key in ('img_size', 'mean', 'std')}
-    return dict(found, model=metadata.get('model'))
+    found = {key: json.loads(metadata[key]) for key in
+             ('img_size', 'mean', 'std', 'in_memory', 'model_kwargs', 'label_names') if key in metadata}
+    return dict(found, model=metadata['model']) if 'model' in metadata else found
 
 
 def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: int) -> Any:
-    """The network with its weights; UserError if there are none, or they are those of another network."""
+    """The network with its weights; UserError if there are none, or they are those of another network.
+
+    Args:
+        network: Which.
+        checkpoint: File of its weights; without it they are the published ones.
+        num_classes: Of the checkpoint.
+    """
     if checkpoint:
         what = f'--checkpoint {checkpoint} does not fit --model {network.model} with {num_classes} classes'
     else:
         what = f'pretrained weights of {network.model}'
     with user_errors(what):
-        model: Any = timm.create_model(
+        return timm.create_model(
             network.model, pretrained=not checkpoint, checkpoint_path=checkpoint,
             num_classes=num_classes if checkpoint else None, **network.model_kwargs)
-    if model.num_classes != num_classes:  # timm would replace the classifier by a random one
-        raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {num_classes}; '
-                        'choose the data with --dataset, --data-dir and --target-key')
-    return model
+
+
+def label_names(model: Any) -> list[str] | None:
+    """The names of a published network's classes, from its config.json or its weights; None where they don't tell."""
+    cfg = model.pretrained_cfg
+    return cfg.get('label_names') or read_metadata(cfg.get('file') or '').get('label_names')
 
 
 def main() -> None:
     """Loads data and model, evaluates, prints and writes one row of results."""
-    flags = validate_parser().parse_args()
+    flags, names = validate_parser().parse_args(), None
     if flags.checkpoint:
         if not Path(flags.checkpoint).is_file():
             raise UserError(f'--checkpoint {flags.checkpoint} is no file')
-        for key, value in read_metadata(flags.checkpoint).items():
+        metadata = read_metadata(flags.checkpoint)
+        names = metadata.pop('label_names', None)
+        for key, value in metadata.items():
             if getattr(flags, key) is None:
                 setattr(flags, key, value)
     if flags.model is None:
@@ -75,17 +91,27 @@ def main() -> None:
     registered_name(flags.model)
     if flags.results_file and not Path(flags.results_file).parent.is_dir():
         raise UserError(f'--results-file {flags.results_file}: there is no such folder')
+    flags.in_memory = flags.in_memory is not False
+    flags.model_kwargs = flags.model_kwargs or {}
     accelerator = make_accelerator()
     images, network = make_settings(ImageSettings, flags), make_settings(NetworkSettings, flags)
-    loaded = load_images(make_settings(SourceSettings, flags), flags.split, images,
-                         progress=accelerator.is_main_process and sys.stderr.isatty())
-    check_classes(images, len(loaded.class_names))
-    model = load_network(network, flags.checkpoint, len(loaded.class_names)).to(accelerator.device)
+    source = make_settings(SourceSettings, flags)
+    data = open_data(source, accelerator)
+    classes = open_split(data, source, flags.split).class_names
+    check_classes(images, len(classes))
+    model = load_network(network, flags.checkpoint, len(names or classes)).to(accelerator.device)
+    names = names or label_names(model)
+    if names is None and model.num_classes != len(classes):
+        raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {len(classes)}; '
+                        'choose the data with --dataset, --data-dir and --target-key')
+    loaded = load_images(data, source, flags.split, images, network.channels,
+                         progress=accelerator.is_main_process and sys.stderr.isatty(), class_names=names,
+                         whose=flags.checkpoint or flags.model)
     if network.channels_last:
         model = model.to(memory_format=torch.channels_last)
     # As timm's script: registered weights are evaluated at their test size, a checkpoint at train.py's.
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not flags.checkpoint)
-    batches = make_batches(loaded, images, cfg, accelerator)
+    batches = make_batches(loaded, images, cfg, accelerator, channels=network.channels)
     metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, bool(network.amp)))
     row = dict(
         model=flags.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),

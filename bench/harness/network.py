@@ -24,6 +24,18 @@ class NetworkSettings:
     amp: bool | None = flag(None, 'bf16 autocast (default: if faster)', action=argparse.BooleanOptionalAction)
     channels_last: bool = flag(True, 'use the channels_last memory layout')
 
+    @property
+    def channels(self) -> int:
+        """Of its images: 3, or what --model-kwargs in_chans=... says.
+
+        Raises:
+            UserError: If pictures can't have so many.
+        """
+        channels = self.model_kwargs.get('in_chans', 3)
+        if channels not in (1, 3):
+            raise UserError(f'--model-kwargs in_chans={channels}: pictures have 3 channels, or as grey ones 1')
+        return channels
+
 
 @dataclass(frozen=True)
 class DepthSettings:

@@ -18,19 +18,10 @@ def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:
 
 def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     """Where the weights come from: network, recipe, data."""
-    source, splits = flags.source, flags.splits
-    # A folder counts as a copy of the recipe's data set if it has as many classes.
-    cfg: Any = trainer.model.pretrained_cfg
-    is_copy = source.data_dir is None or len(trainer.class_names) == cfg['num_classes']
-    if splits.tests_while_training:
-        held_out = 'nothing: the last epoch counts'
-    else:
-        held_out = 'validation split' if splits.val_split else f'{splits.val_per_class} of each class'
     return dict(
         model=flags.network.model, recipe=Path(flags.recipe.config).stem,
         changed_from_recipe=changed_from_recipe(flags.record), seed=flags.training.seed, epochs=trainer.epochs,
-        dataset=source.dataset if is_copy else Path(source.name).name,
-        images={name: batches.images for name, batches in trainer.batches.items()}, held_out=held_out)
+        images={name: batches.images for name, batches in trainer.batches.items()}, **trainer.data.record)
 
 
 def method(gates: timm_sd.DepthGates | None) -> dict[str, Any]:
@@ -63,7 +54,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
                                       in zip(progress.rows, progress.hardware, strict=True) if where == place)
     given = origin(trainer, flags)
     results = dict(
-        given, label_names=trainer.class_names,
+        given, label_names=trainer.data.class_names,
         param_count=sum(param.numel() for param in trainer.model.parameters()),
         drop_path_rate=last_drop_rate(trainer, flags),
         **method(gates),
@@ -75,7 +66,9 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     if trainer.accelerator.is_main_process:
         folder.write_summary(progress.rows)
         folder.write_weights(weights, dict(
-            given, img_size=flags.images.img_size, mean=flags.images.mean, std=flags.images.std,
+            given, label_names=trainer.data.class_names, model_kwargs=flags.network.model_kwargs,
+            in_memory=flags.images.in_memory, img_size=flags.images.img_size, mean=flags.images.mean,
+            std=flags.images.std,
             selected_epoch=progress.best_epoch,
             test_top1_err=best['top1_err'], test_top1_err_last_epoch=last['top1_err'],
             timm_sd=timm_sd.__version__))

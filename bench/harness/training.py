@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
 import timm_sd
 from harness.cli import flag, positive_int, unit_interval
 from harness.data.batches import Batches
+from harness.data.splits import LoadedData, check_same_data
 from harness.engine import TrainStep, autocast, evaluate, train_epoch
 from harness.errors import UserError
 from harness.graphs import make_step
@@ -70,8 +72,7 @@ class Trainer:
         accelerator: Says who we are among the processes.
         amp: Train and validate in bf16 autocast.
         folder: Where everything goes.
-        class_names: Of the data.
-        selects: Keep the weights that are best on the validation images; otherwise the last ones.
+        data: Of the batches; where its validation images don't select, the last weights are kept, not the best.
         watched: The parameter whose gradient is logged, if any.
         progress: How far it is.
     """
@@ -84,8 +85,7 @@ class Trainer:
     accelerator: Accelerator
     amp: bool
     folder: RunFolder
-    class_names: list[str]
-    selects: bool
+    data: LoadedData
     watched: nn.Parameter | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -134,6 +134,14 @@ class Trainer:
         if 'raw_model' in checkpoint:  # its last batch norms and their momenta are in other numbers with scale 'eval'
             raise UserError(f'{self.folder.path} was begun by an older version of timm-sd, whose checkpoints mean '
                             'something else; finish it with that version, or choose another --experiment')
+        # Both are missing where an older version began the run, and there were no states of batches.
+        check_same_data(checkpoint.get('data', {}), self.data.record['data'])
+        states, accelerator = checkpoint.get('batches', []), self.accelerator
+        if any(states):
+            if len(states) != accelerator.num_processes:
+                raise UserError(f'{self.folder.path} reads a stream on {len(states)} processes, and goes on with as '
+                                f'many, not on {accelerator.num_processes}')
+            self.batches['train'].load_state_dict(states[accelerator.process_index])
         self.progress = Progress(**{key: checkpoint[key] for key in vars(self.progress)})
         self.model.load_state_dict(checkpoint['network'])
         self.optimizer.load_state_dict(checkpoint['optimizer'])
@@ -177,7 +185,7 @@ class Trainer:
         """Evaluates on the validation images, and keeps the weights if they are the best so far."""
         progress = self.progress
         val = evaluate(self.model, self.batches['val'], self.accelerator, autocast(self.accelerator.device, self.amp))
-        if val['top1'] > progress.best_top1 or not self.selects:
+        if val['top1'] > progress.best_top1 or not self.data.selects:
             progress.best_epoch, progress.best_top1 = progress.epoch, val['top1']
             if self.accelerator.is_main_process:
                 # A copy on the device: the way to the disk would hold up the epoch.
@@ -189,17 +197,24 @@ class Trainer:
         self.progress.rows.append(row)
         self.progress.hardware.append(dict(hardware(self.accelerator, self.amp), cuda_graphs=self.settings.cuda_graphs))
         self.progress.epoch += 1
+        if self.progress.epoch % self.settings.checkpoint_interval == 0 or self.progress.epoch == self.epochs:
+            batches = gather_object([self.batches['train'].state_dict()])
+            if self.accelerator.is_main_process:
+                self.save_checkpoint(batches)
         if self.accelerator.is_main_process:
-            if self.progress.epoch % self.settings.checkpoint_interval == 0 or self.progress.epoch == self.epochs:
-                self.save_checkpoint()
             self.folder.write_summary(self.progress.rows)
 
-    def save_checkpoint(self) -> None:
-        """Saves the state, and before it the best weights, so that each checkpoint finds those that it names."""
+    def save_checkpoint(self, batches: list[dict[str, Any]]) -> None:
+        """Saves the state, and before it the best weights, so that each checkpoint finds those that it names.
+
+        Args:
+            batches: State of the training batches of each process.
+        """
         if self.unsaved_best is not None:
             self.folder.save_best(self.unsaved_best, self.progress.best_epoch)
             self.unsaved_best = None
-        state = dict(vars(self.progress), network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        state = dict(vars(self.progress), data=self.data.record['data'], batches=batches,
+                     network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
 
     def test(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
 from harness.cli import flag, number, positive_int
-from harness.data.sources import SourceSettings, load_split
+from harness.data.sources import SourceSettings, open_data
 from harness.errors import UserError
 from harness.machine import cores
 from harness.paths import TRAIN
@@ -60,9 +61,10 @@ class Training(NamedTuple):
 
 def write_subset(folder: Path, settings: EndToEndSettings) -> None:
     """Parquet files of the first --images training images and a fifth as many test images, columns img and label."""
+    splits = open_data(SourceSettings(data_dir=settings.data_dir), Accelerator()).splits if settings.data_dir else {}
     for split, images in (('train', settings.images), ('test', settings.images // 5)):
         if settings.data_dir:
-            data = load_split(SourceSettings(data_dir=settings.data_dir), split)
+            data = splits[split]
             if len(data) < images:
                 raise UserError(f'--data-dir {settings.data_dir} has {len(data)} images in {split}, '
                                 f'--images {settings.images} wants {images}')

@@ -1,18 +1,18 @@
 """The fast data path: columns, splits, augmentation against loops, the same samples on any number of processes."""
 import pytest
 import torch
+from accelerate import Accelerator
 
-from harness.data import splits
 from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set, random_crop_flip
-from harness.data.sources import SourceSettings, open_split
+from harness.data.sources import SourceSettings
 from harness.data.splits import ImageSettings, SplitSettings, hold_out, load_splits
 from harness.errors import UserError
-from support.data import image_set, write_classes, write_parquet
+from support.data import image_set, opened, write_classes, write_parquet
 from support.networks import CountOps
 
 
 def test_decodes_losslessly_and_finds_columns(tmp_path):
-    data = load_image_set(open_split(SourceSettings(write_parquet(tmp_path)), 'train'))
+    data = load_image_set(opened(write_parquet(tmp_path)))
     assert data.images.dtype == torch.uint8
     assert data.images.shape == (6, 3, 8, 8)
     assert data.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
@@ -21,7 +21,7 @@ def test_decodes_losslessly_and_finds_columns(tmp_path):
 
 
 def test_resizes_when_told(tmp_path):
-    split = open_split(SourceSettings(write_parquet(tmp_path, odd_one=(5, 7))), 'train')
+    split = opened(write_parquet(tmp_path, odd_one=(5, 7)))
     assert load_image_set(split, 16).images.shape[2:] == (16, 16)
 
 
@@ -35,19 +35,19 @@ def test_resizes_when_told(tmp_path):
 def test_bad_data_is_named(tmp_path, make, kwargs, split, words):
     folder = write_parquet(tmp_path, **make)
     with pytest.raises(UserError) as error:
-        load_image_set(open_split(SourceSettings(folder, **kwargs), split))
+        load_image_set(opened(folder, split, **kwargs))
     assert all(word in str(error.value) for word in words)
     assert '\n' not in str(error.value)
 
 
 def test_two_label_columns_work_with_a_key(tmp_path):
     folder = write_parquet(tmp_path, labels=('fine', 'coarse'))
-    assert len(open_split(SourceSettings(folder, target_key='fine'), 'train').rows) == 6
+    assert len(opened(folder, target_key='fine').rows) == 6
 
 
 def test_missing_folder():
     with pytest.raises(UserError, match='./nowhere'):
-        open_split(SourceSettings('./nowhere'), 'train')
+        opened('./nowhere')
 
 
 def test_hold_out_is_stratified_and_always_the_same():
@@ -70,7 +70,7 @@ def test_what_is_held_out_comes_out_of_the_training_images(tmp_path):
         return sorted(map(tuple, images.images.flatten(1).tolist()))
 
     def load(**kwargs):
-        return load_splits(source, SplitSettings(**kwargs), ImageSettings(), progress=False)
+        return load_splits(source, SplitSettings(**kwargs), ImageSettings(), Accelerator(cpu=True)).images
 
     plain = {split: load(train_split=split, val_split='test')['train'] for split in ('train', 'extra', 'test')}
     for kwargs, train, val in (
@@ -92,14 +92,14 @@ def test_what_is_held_out_comes_out_of_the_training_images(tmp_path):
     assert same['test'] is same['val']
 
 
-@pytest.mark.parametrize('other', [dict(classes=3), dict(size=6)])
-def test_splits_of_other_classes_or_sizes_are_refused(monkeypatch, other):
-    monkeypatch.setattr(splits, 'load_images', lambda source, split, *args, **kwargs: image_set(
-        **dict(dict(classes=2, size=8), **other if split == 'test' else {})))
-    with pytest.raises(UserError) as error:
-        load_splits(SourceSettings(), SplitSettings(val_per_class=[1]), ImageSettings(), progress=False)
-    expected = f'test images are ({other.get("size", 8)}, {other.get("size", 8)}) in {other.get("classes", 2)} classes'
-    assert str(error.value).startswith(expected)
+def test_splits_of_other_sizes_are_refused(tmp_path):
+    for split, size in (('train', 8), ('test', 6)):
+        write_classes(tmp_path / split, classes=2, size=size, **{split: 4})
+    train = tmp_path / 'train' / 'data' / 'train-00000-of-00001.parquet'
+    train.replace(tmp_path / 'test' / 'data' / train.name)
+    with pytest.raises(UserError, match=r'test images are \(6, 6\) px, those of training \(8, 8\)'):
+        load_splits(SourceSettings(str(tmp_path / 'test')), SplitSettings(val_per_class=[1]), ImageSettings(),
+                    Accelerator(cpu=True))
 
 
 def test_crop_and_flip_equal_a_loop_over_samples():

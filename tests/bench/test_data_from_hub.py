@@ -6,8 +6,9 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+from accelerate import Accelerator
 
-from harness.data.sources import SourceSettings, load_split
+from harness.data.sources import SourceSettings, open_data
 from harness.errors import UserError
 from support.commands import SMALL, bench, refused, run_here
 from support.data import write_parquet
@@ -28,6 +29,10 @@ def pictures(hub, tmp_path):
         write_parquet(tmp_path / branch, n)
         repo.commit({path.name: path.read_bytes() for path in (tmp_path / branch).rglob('*.parquet')}, branch)
     return repo
+
+
+def load_split(source, split):
+    return open_data(source, Accelerator(cpu=True)).splits[split]
 
 
 def brightness(data):

@@ -1,4 +1,4 @@
-"""The data path for large images: what an epoch sees, on any number of processes, from folders, parquet and streams."""
+"""The data path for large images: what an epoch sees, on any number of processes."""
 import json
 import shutil
 import sys
@@ -13,12 +13,12 @@ from PIL import Image
 from timm.data import create_transform
 
 import validate
-from harness.data.large_images import LoaderBatches, load_image_rows
-from harness.data.sources import SourceSettings, open_split
+from harness.data.large_images import ImageRows, LoaderBatches, ReadImage
 from harness.data.splits import AugmentationSettings, ImageSettings, hold_out, make_batches
-from harness.errors import RankError, UserError
+from harness.errors import RankError
 from harness.run_folder import RunFolder
 from support.commands import assert_same_run, read_results, run_here
+from support.data import opened
 
 CPU = torch.device('cpu')
 
@@ -35,11 +35,15 @@ def folder(tmp_path_factory):
     return str(root)
 
 
-def batches(folder, split='train', size=4, train=True, augment=False, **kwargs):
-    found = open_split(SourceSettings(folder, streaming=(streaming := kwargs.pop('streaming', False))), split)
-    rows = load_image_rows(found._replace(images=22 if split == 'train' else 6) if streaming else found)
-    transform = create_transform((3, 8, 8), is_training=augment, mean=(0.,) * 3, std=(1.,) * 3, crop_pct=1.)
-    return LoaderBatches(rows, size, transform, CPU, workers=2, train=train, **kwargs)
+def transform(augment=False, size=8):
+    return create_transform((3, size, size), is_training=augment, use_prefetcher=True, crop_pct=1.)
+
+
+def batches(folder, split='train', size=4, train=True, augment=False, workers=2, **kwargs):
+    found = opened(folder, split)
+    rows = ImageRows(found, torch.arange(len(found.labels)), found.labels)
+    return LoaderBatches(rows, size, ReadImage(transform(augment), 'the folder'), (0.,) * 3, (1.,) * 3, CPU, workers,
+                         train=train, **kwargs)
 
 
 def brightness(loader):
@@ -56,19 +60,38 @@ def test_an_epoch_sees_each_image_once_and_labels_go_with_them(folder):
     assert len({image for batch in seen for image in batch}) == 20
 
 
-@pytest.mark.parametrize('streaming', [False, True])
-def test_order_and_augmentation_follow_from_seed_and_epoch(folder, streaming):
-    def epoch(number, seed=0):
-        loader = batches(folder, augment=True, streaming=streaming, seed=seed)
+def test_order_and_augmentation_follow_from_seed_epoch_and_image(folder):
+    """Whatever the process drew before, and whatever the numbers of workers and processes."""
+    def epoch(number, seed=0, **kwargs):
+        loader = batches(folder, augment=True, seed=seed, **kwargs)
         loader.set_epoch(number)
         return torch.cat([x for x, _, _ in loader])
 
     torch.manual_seed(1)
     first = epoch(1)
-    torch.manual_seed(2)  # whatever the process drew before
+    torch.manual_seed(2)
     assert torch.equal(first, epoch(1))
+    assert torch.equal(first, epoch(1, workers=3))
+    state = torch.get_rng_state()
+    assert torch.equal(first, epoch(1, workers=0))
+    assert torch.equal(state, torch.get_rng_state())  # gates and dropout draw from it
     assert not torch.equal(first, epoch(2))
     assert not torch.equal(first, epoch(1, seed=1))
+    halves = [epoch(1, size=2, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(first[0::2], halves[0])
+    assert torch.equal(first[1::2], halves[1])
+
+
+def test_workers_live_from_epoch_to_epoch_and_draw_as_new_ones(folder):
+    loader, seen = batches(folder, augment=True), []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        seen.append(torch.cat([x for x, _, _ in loader]))
+        seen.append({worker.pid for worker in loader.loader.loader._iterator._workers})
+    assert seen[1] == seen[3]
+    again = batches(folder, augment=True)
+    again.set_epoch(1)
+    assert torch.equal(seen[2], torch.cat([x for x, _, _ in again]))
 
 
 def test_two_ranks_see_the_images_of_one(folder):
@@ -79,37 +102,12 @@ def test_two_ranks_see_the_images_of_one(folder):
     assert sorted(image for rank in odd for batch in rank for image in batch) == list(range(6))
 
 
-def test_a_stream_gives_all_ranks_as_many_full_batches(folder):
-    for rank in range(2):
-        assert [len(batch) for batch in brightness(batches(folder, size=3, streaming=True, rank=rank, world_size=2))] \
-            == [3] * 3
-    assert sorted(sum(brightness(batches(folder, 'validation', train=False, streaming=True)), [])) == list(range(6))
-
-
-def test_a_stream_that_fills_no_batch_ends(folder):
-    loader = batches(folder, size=20, streaming=True)
-    loader.options['num_workers'] = 1
-    assert len(brightness(loader)) == 1
-    loader.batch_size = 23
-    with pytest.raises(UserError, match='lower --batch-size'):
-        list(loader)
-
-
-def test_ranks_draw_augmentations_of_their_own(folder):
-    first, second = (torch.cat([x for x, _, _ in batches(folder, augment=True, size=1, rank=rank, world_size=2)])
-                     for rank in range(2))
-    draws = [torch.initial_seed(), *(batches(folder, rank=rank, world_size=2)._draws().initial_seed()
-                                     for rank in range(2))]
-    assert len(set(draws)) == 3
-    assert not torch.equal(first, second)
-
-
 def test_holding_out_takes_the_images_apart(folder):
-    train, val = hold_out(load_image_rows(open_split(SourceSettings(folder), 'train')), 2)
+    found = opened(folder)
+    train, val = hold_out(ImageRows(found, torch.arange(22), found.labels), 2)
     assert (len(train), len(val)) == (18, 4)
-    assert val.labels.tolist() == val.split.rows['label'][:] == [0, 0, 1, 1]
-    with pytest.raises(UserError, match='--val-split'):
-        hold_out(load_image_rows(open_split(SourceSettings(folder, streaming=True), 'train')._replace(images=22)), 2)
+    assert val.labels.tolist() == found.labels[val.numbers].tolist() == [0, 0, 1, 1]
+    assert sorted([*train.numbers.tolist(), *val.numbers.tolist()]) == list(range(22))
 
 
 def test_a_damaged_image_is_named_in_one_line(folder, tmp_path):
@@ -124,11 +122,6 @@ def test_a_damaged_image_is_named_in_one_line(folder, tmp_path):
     traceback.clear_frames(error.value.__cause__.__traceback__)
     assert 'bad.png is damaged' in str(error.value)
     assert '\n' not in str(error.value)
-
-
-def test_a_stream_of_unknown_length_is_refused(folder):
-    with pytest.raises(UserError, match='leave out --streaming'):
-        load_image_rows(open_split(SourceSettings(folder, streaming=True), 'train')._replace(images=None))
 
 
 def test_train_from_a_folder_and_resume(folder, tmp_path):
@@ -162,8 +155,9 @@ def ramp(tmp_path, **augmentation):
         picture.save(place / 'picture.png')
     cfg = dict(input_size=(3, 16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation='bicubic',
                crop_pct=0.8, crop_mode='center')
-    loader = make_batches(load_image_rows(open_split(SourceSettings(str(tmp_path)), 'train')),
-                          ImageSettings(batch_size=1, workers=1), cfg, Accelerator(cpu=True),
+    found = opened(tmp_path)
+    loader = make_batches(ImageRows(found, torch.arange(2), found.labels),
+                          ImageSettings(batch_size=2, workers=1), cfg, Accelerator(cpu=True),
                           AugmentationSettings(**augmentation) if augmentation else None)
     return picture, next(iter(loader))[0][0], cfg
 

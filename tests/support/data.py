@@ -2,9 +2,12 @@
 import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from harness.data.columns import open_split
 from harness.data.in_memory import ImageSet
+from harness.data.sources import SourceSettings, open_data
 
 
 def image_set(n=20, size=8, classes=2):
@@ -12,6 +15,12 @@ def image_set(n=20, size=8, classes=2):
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
     return ImageSet(pictures, torch.arange(n) % classes, [str(label) for label in range(classes)])
+
+
+def opened(folder, split='train', **source):
+    """One split of a data set, open."""
+    source = SourceSettings(str(folder), **source)
+    return open_split(open_data(source, Accelerator(cpu=True)), source, split)
 
 
 def write_parquet(folder, n=6, size=8, labels=('label',), odd_one=None):

@@ -4,6 +4,7 @@ Shapes: N images, B a batch, C channels, H x W pixels. Order and augmentation of
 by (seed, epoch), over the batch of all ranks together, so a sample's crop and flip depend neither on the number of
 processes nor on a resume.
 """
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.data.batches import Batches
-from harness.data.sources import Split, check_labels, decode, read_batches
+from harness.data.columns import Split
+from harness.data.decoding import decode, name_image
+from harness.data.sources import read_batches
 from harness.errors import UserError
 
 # On a GPU as many whole batches are made at once as fit: 21 of 128 images of 32 px, in float32. One by one, each costs
@@ -25,10 +28,16 @@ GROUP_BYTES = 2**25
 
 @dataclass
 class ImageSet:
-    """Images (N, C, H, W) uint8 and labels (N,) int64."""
+    """Images (N, C, H, W) uint8 and labels (N,) int64.
+
+    Attributes:
+        content: Digest of the whole split they come from: all pictures as they were stored and their classes' names,
+            in any order. Two copies of a data set have the same one, whatever their files.
+    """
     images: torch.Tensor
     labels: torch.Tensor
     class_names: list[str]
+    content: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,33 +49,46 @@ class ImageSet:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
-def load_image_set(split: Split, img_size: int | None = None, progress: bool = True) -> ImageSet:
+def load_image_set(split: Split, img_size: int | None = None, channels: int = 3, progress: bool = True) -> ImageSet:
     """Decodes a whole split.
 
     Args:
         split: The encoded images.
         img_size: Side to resize to, in pixels; without it all images must have one size.
+        channels: 3, or 1 for grey.
         progress: Show a bar.
 
     Raises:
         UserError: If a file in it can't be used.
     """
-    pictures: list[torch.Tensor] = []
+    pictures: list[np.ndarray] = []
     targets: list[int] = []
+    digests: list[bytes] = []
     for batch in tqdm(read_batches(split.rows.iter(1000), split.where), desc=f'decode {split.where}', unit='k',
                       leave=False, disable=not progress):
         targets += batch['label']
         for encoded in batch['image']:
-            image = decode(encoded, f'{split.where}: image {len(pictures)}')
+            image = decode(encoded, f'{split.where}: {name_image(encoded, len(pictures))}', channels)
+            stored = pixels = np.asarray(image)
             if img_size is not None and image.size != (img_size, img_size):
-                image = image.resize((img_size, img_size), Image.Resampling.BILINEAR)
-            pictures.append(torch.from_numpy(np.array(image)))
+                pixels = np.asarray(image.resize((img_size, img_size), Image.Resampling.BILINEAR))
+            digests.append(hashlib.sha256(f'{stored.shape}'.encode() + stored.data).digest())
+            pictures.append(pixels.reshape(*pixels.shape[:2], channels))
             if pictures[-1].shape != pictures[0].shape:
-                raise UserError(f'{split.where}: image {len(pictures) - 1} is {pictures[-1].shape[1]}x'
-                                f'{pictures[-1].shape[0]}, others are not; resize with --img-size')
-    labels = torch.tensor(targets)
-    check_labels(labels, split)
-    return ImageSet(torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), labels, split.class_names)
+                raise UserError(f'{split.where}: image {len(pictures) - 1} is {image.width}x{image.height}, others are '
+                                'not; resize with --img-size')
+    if not pictures:
+        raise UserError(f'{split.where} holds no images')
+    labels = split.labels if split.labels is not None else split.read_labels(targets)
+    return ImageSet(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), labels, split.class_names,
+                    _digest(digests, [split.class_names[label] for label in labels.tolist()]))
+
+
+def _digest(pictures: Sequence[bytes], class_names: Sequence[str]) -> int:
+    """A digest of pictures, given by their own digests, and of their classes that doesn't depend on their order."""
+    rows = (hashlib.sha256(picture + name.encode()).digest()
+            for picture, name in zip(pictures, class_names, strict=True))
+    return sum(int.from_bytes(row, 'big') for row in rows) % 2**256
 
 
 def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.Tensor) -> torch.Tensor:
@@ -118,20 +140,18 @@ class MemoryBatches(Batches):
             hflip: float = 0.,
             **kwargs: Any,
     ) -> None:
-        super().__init__(len(data), batch_size, train, **kwargs)
+        super().__init__(len(data), batch_size, mean, std, data.images.device, train, **kwargs)
         self.data = data
-        self.mean = 255 * torch.tensor(mean, device=data.images.device).view(-1, 1, 1)
-        self.std = 255 * torch.tensor(std, device=data.images.device).view(-1, 1, 1)
         self.crop_padding, self.hflip = crop_padding, hflip
         batch_bytes = 4 * batch_size * data.images.shape[1:].numel()
         self.at_once = 1 if data.images.device.type == 'cpu' else max(1, GROUP_BYTES // batch_bytes)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        device, generator = self.data.images.device, self.generator()
+        generator = self.generator()
         shares, sizes = zip(*self.shares(self.order(generator)), strict=True)
         index, lengths = torch.cat(shares), [len(share) for share in shares]
-        draws = torch.rand(self.total, 3, generator=generator)[index].to(device)
-        index = index.to(device)  # with the draws the only copies of an epoch
+        draws = torch.rand(self.total, 3, generator=generator)[index].to(self.device)
+        index = index.to(self.device)  # with the draws the only copies of an epoch
         labels = self.data.labels[index].split(lengths)
         for first in range(0, len(shares), self.at_once):
             group = slice(first, first + self.at_once)

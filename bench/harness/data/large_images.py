@@ -1,81 +1,124 @@
 """The data path for large images: read, decoded and augmented one by one in worker processes, by timm's transforms.
 
-Order and augmentation of an epoch follow from (seed, epoch). The augmentation, and the order of a stream, depend on the
-numbers of workers and processes too.
+They leave the workers as uint8 and are normalised on the device, as by timm's loader. Order and augmentation of an
+image follow from (seed, epoch, image) alone, whatever the numbers of workers and processes.
 """
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
-from torch.utils.data import DataLoader
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, get_worker_info
 
 from harness.data.batches import Batches
-from harness.data.sources import Split, check_labels, decode
+from harness.data.columns import Split
+from harness.data.decoding import decode, name_image
 from harness.errors import RankError, UserError
 
-SHUFFLE_BUFFER = 1000  # encoded images from which each worker of a stream draws the next one
+Transform = Callable[[Image.Image], np.ndarray]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators that timm's transforms draw from: Python's, numpy's and torch's.
+
+    A worker has no other use for them. The main process, which reads by itself with --workers 0, gets its own back.
+    """
+    is_main = get_worker_info() is None
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if is_main else None
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if before is not None:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
+
+
+@dataclass
+class ReadImage:
+    """Decodes and transforms an encoded image.
+
+    Attributes:
+        transform: From a picture to (C, H, W) uint8, timm's.
+        where: Names the split in errors.
+        channels: 3, or 1 for grey.
+    """
+    transform: Transform
+    where: str
+    channels: int = 3
+
+    def __call__(self, encoded: dict[str, Any] | None, row: int, seed: int | None) -> np.ndarray:
+        """The image of one row, (C, H, W) uint8; a seed decides its augmentation."""
+        picture = decode(encoded, f'{self.where}: {name_image(encoded, row)}', self.channels)
+        if seed is None:
+            return self.transform(picture)
+        with seeded(seed):
+            return self.transform(picture)
 
 
 @dataclass
 class ImageRows:
-    """A split whose images stay in their files, and its labels (N,) int64, which are None for a stream."""
+    """Some of a split's rows, whose images stay in their files: their numbers and their labels, both (N,) int64."""
     split: Split
-    labels: torch.Tensor | None
+    numbers: torch.Tensor
+    labels: torch.Tensor
 
     @property
     def class_names(self) -> list[str]:
         return self.split.class_names
 
     def __len__(self) -> int:
-        return self.split.images or 0
+        return len(self.labels)
 
-    def __getitem__(self, mask: torch.Tensor) -> 'ImageRows':
-        assert self.labels is not None
-        rows = self.split.rows.select(mask.nonzero()[:, 0].numpy())
-        return replace(self, split=self.split._replace(rows=rows, images=len(rows)), labels=self.labels[mask])
-
-
-def load_image_rows(split: Split) -> ImageRows:
-    """Reads the labels of a split, if it isn't a stream.
-
-    Raises:
-        UserError: If the number of its images is unknown.
-    """
-    if split.images is None:
-        raise UserError(f'{split.where} does not tell how many images it holds; leave out --streaming')
-    is_stream = isinstance(split.rows, datasets.IterableDataset)
-    labels = None if is_stream else torch.tensor(split.rows['label'][:])
-    if labels is not None:
-        check_labels(labels, split)
-    return ImageRows(split, labels)
+    def __getitem__(self, index: torch.Tensor) -> 'ImageRows':
+        return replace(self, numbers=self.numbers[index], labels=self.labels[index])
 
 
 @dataclass
-class _Collate:
-    """Rows of a `Split` to images (B, C, H, W) and labels (B,), in the worker."""
-    transform: Callable[[Image.Image], torch.Tensor]
-    where: str
+class _Reader:
+    """What a worker does: from the places of images and their seeds to images and labels."""
+    rows: datasets.Dataset
+    numbers: np.ndarray
+    labels: np.ndarray
+    read: ReadImage
 
-    def __call__(self, rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        images = [self.transform(decode(row['image'], f'{self.where}: {row["image"]["path"]}')) for row in rows]
-        return torch.stack(images), torch.tensor([row['label'] for row in rows])
+    def __getitems__(self, places: Sequence[tuple[int, int | None]]) -> list[tuple[np.ndarray, int]]:
+        numbers = [int(self.numbers[place]) for place, _ in places]
+        encoded = self.rows[numbers]['image']
+        return [(self.read(image, number, seed), int(self.labels[place]))
+                for image, number, (place, seed) in zip(encoded, numbers, places, strict=True)]
+
+
+class Normalised(PrefetchLoader):
+    """timm's loader behind a DataLoader: normalises on the device, on a GPU while the batch before is computed."""
+
+    def __init__(self, loader: Any, mean: torch.Tensor, std: torch.Tensor, device: torch.device) -> None:
+        super().__init__(loader, channels=len(mean), device=device)
+        self.mean, self.std = mean, std
 
 
 class LoaderBatches(Batches):
-    """Batches of images that workers read; in training the last and partial one is left out, as by timm's loader.
+    """Batches of images that workers read; in training a last and partial one is left out, as by timm's loader.
 
     Args:
         data: The images.
         batch_size: Images a rank and step.
-        transform: From a picture to a normalised image (C, H, W), timm's.
+        read: See `ReadImage`.
+        mean: Mean of each channel, of pixels in [0, 1].
+        std: Standard deviation of each channel.
         device: Where the batches go.
-        workers: Processes that read.
-        train: Shuffle; otherwise the order of the data.
+        workers: Processes that read; with 0 this one does.
+        train: Shuffle and augment; otherwise the order of the data.
         **kwargs: seed, rank and world_size, see `Batches`.
     """
 
@@ -83,57 +126,49 @@ class LoaderBatches(Batches):
             self,
             data: ImageRows,
             batch_size: int,
-            transform: Callable[[Image.Image], torch.Tensor],
+            read: ReadImage,
+            mean: Sequence[float],
+            std: Sequence[float],
             device: torch.device,
             workers: int,
             train: bool = False,
             **kwargs: Any,
     ) -> None:
-        super().__init__(len(data), batch_size, train, drop_last=train, **kwargs)
-        if not self.images:
-            raise UserError(f'{data.split.where} holds {self.total} images, less than a batch of '
-                            f'{self.global_batch_size}; lower --batch-size')
-        self.data, self.device = data, device
-        self.options: dict[str, Any] = dict(
-            num_workers=workers, collate_fn=_Collate(transform, data.split.where))
+        super().__init__(len(data), batch_size, mean, std, device, train, drop_last=train, **kwargs)
+        self.where = data.split.where
+        self.plan: list[list[tuple[int, int | None]]] = []  # of each batch: the places of its images, and their seeds
+        reader: Any = _Reader(data.split.rows, data.numbers.numpy(), data.labels.numpy(), read)
+        self.loader = Normalised(
+            DataLoader(reader, batch_sampler=self.plan, collate_fn=fast_collate, **loader_options(workers, device)),
+            self.mean, self.std, device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        batches = self._stream() if self.data.labels is None else self._chosen()
-        try:
-            for x, target in batches:
-                yield x.to(self.device), target.to(self.device), len(target) * self.world_size
-        except Exception as error:  # a worker's error has its whole traceback as message
-            *_, last = (str(error).strip() or type(error).__name__).splitlines()
-            _, ours, said = last.rpartition('UserError: ')
-            if not ours and not isinstance(error, UserError):
-                said = f'{self.data.split.where} can not be read: {said}'
-            raise RankError(said) from error
+        generator = self.generator()
+        order = self.order(generator)
+        seeds = torch.randint(2**63 - 1, (self.total,), generator=generator).tolist() if self.train else \
+            [None] * self.total
+        shares = [(share.tolist(), size) for share, size in self.shares(order) if len(share)]
+        # The DataLoader, whose workers live on from epoch to epoch, looks at this list when an epoch begins.
+        self.plan[:] = [[(place, seeds[place]) for place in share] for share, _ in shares]
+        for (x, target), (_, size) in zip(read_errors(self.loader, self.where), shares, strict=True):
+            yield x, target, size
 
-    def _draws(self) -> torch.Generator:
-        """The generator of this rank's augmentation; every rank has its own."""
-        return torch.Generator().manual_seed(self.generator().initial_seed() + 1 + self.rank)
 
-    def _chosen(self) -> DataLoader:
-        """Each batch by the numbers of its images."""
-        shares = [share.tolist() for share, _ in self.shares(self.order(self.generator())) if len(share)]
-        return DataLoader(self.data.split.rows, batch_sampler=shares, generator=self._draws(), **self.options)
+def loader_options(workers: int, device: torch.device) -> dict[str, Any]:
+    """What every DataLoader here is made with. Its workers live as long as it does."""
+    # Seeds come with the images. A generator of its own keeps the DataLoader from drawing from torch's, whose state
+    # decides dropout and the tokens of gates.
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == 'cuda',
+                generator=torch.Generator())
 
-    def _stream(self) -> Iterator[Any]:
-        """The images as they come. All ranks take as many steps: one whose files hold fewer images starts over."""
-        rows = self.data.split.rows
-        if self.train:
-            rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-            rows.set_epoch(self.epoch)
-        loader = DataLoader(split_dataset_by_node(rows, self.rank, self.world_size), batch_size=self.batch_size,
-                            drop_last=self.train, generator=self._draws(), **self.options)
-        return islice(self._endless(loader), len(self)) if self.train else iter(loader)
 
-    def _endless(self, loader: DataLoader) -> Iterator[Any]:
-        while True:
-            found = False
-            for batch in loader:
-                found = True
-                yield batch
-            if not found:
-                raise UserError(f'no worker finds {self.batch_size} images for a batch in {self.data.split.where}; '
-                                'lower --batch-size or --workers')
+def read_errors(batches: Iterable[Any], where: str) -> Iterator[Any]:
+    """The batches; an error of a worker, whose text is its whole traceback, becomes one line."""
+    try:
+        yield from batches
+    except Exception as error:
+        *_, last = (str(error).strip() or type(error).__name__).splitlines()
+        _, ours, said = last.rpartition('UserError: ')
+        if not ours and not isinstance(error, UserError):
+            said = f'{where} can not be read: {said}'
+        raise RankError(said) from error

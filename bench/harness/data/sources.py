@@ -1,31 +1,38 @@
-"""Where images come from: one split of a Hub data set, of a local folder, or of scikit-learn's digits."""
-import io
+"""Where images come from: a Hub data set, a local folder of pictures or of files, or scikit-learn's digits."""
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import huggingface_hub
 import numpy as np
-import torch
+from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
 
 from harness.cli import flag
+from harness.data.folders import as_dataset, find_pictures, fingerprint, split_name
 from harness.errors import UserError, one_line
+from harness.launch import from_main_process
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass(frozen=True)
 class SourceSettings:
     """Data set."""
-    dataset: str | None = flag(None, "Hub data set ORG/NAME[@REVISION], folder of parquet files, or 'digits', which "
-                                     'ships with scikit-learn')
+    dataset: str | None = flag(None, "Hub data set ORG/NAME[@REVISION], local folder, or 'digits', which ships with "
+                                     'scikit-learn')
     dataset_config: str | None = flag(None, 'configuration of a Hub data set that has several')
-    data_dir: str | None = flag(None, 'local folder to load instead of --dataset')
+    data_dir: str | None = flag(None, 'local folder to load instead of --dataset: train/CLASS/*.jpg, or parquet files')
+    fingerprint: str | None = flag(None, 'of --dataset: a --data-dir that has it counts as that data set (results.json '
+                                         'has those of a run, under data)')
     streaming: bool = flag(False, 'read a data set as it comes in, without a copy on the disk')
     input_key: str | None = flag(None, 'column of the images; found by its type if there is only one')
     target_key: str | None = flag(None, 'column of the labels; found by its type if there is only one')
@@ -36,19 +43,25 @@ class SourceSettings:
         return self.data_dir or self.dataset or ''
 
 
-class Split(NamedTuple):
-    """One split, its images not yet decoded.
+class DataSet(NamedTuple):
+    """A data set, open.
 
     Attributes:
-        rows: The data set, with the columns `image` (dict of bytes and path) and `label` (int).
-        class_names: Of the labels.
+        splits: Each with all its columns.
         where: Names it in error messages.
-        images: Their number; None where a stream doesn't tell.
+        origin: What results.json says of it: `hub` and its `revision` (None where the Hub gave no answer); or `folder`,
+            the last part of its name, and the `fingerprint` of its files' names and sizes; or `package`.
     """
-    rows: datasets.Dataset | datasets.IterableDataset
-    class_names: list[str]
+    splits: dict[str, Rows]
     where: str
-    images: int | None
+    origin: dict[str, Any]
+
+    def find(self, split: str) -> str:
+        """The name here of a split, `validation` for `val`; UserError if there is none."""
+        for name in (split, split_name(split)):
+            if name in self.splits:
+                return name
+        raise UserError(f'{self.where} has no split {split!r}; it has {", ".join(self.splits)}')
 
 
 def _digits() -> datasets.DatasetDict:
@@ -61,21 +74,20 @@ def _digits() -> datasets.DatasetDict:
     return data.train_test_split(test_size=360, seed=0, stratify_by_column='label')
 
 
-def _hub_answers(name: str, revision: str | None) -> bool:
-    """Asks the Hub one quick question about a data set; False if no answer comes within seconds.
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    """Asks the Hub one quick question: the commit that a revision of a data set means; None without a quick answer.
 
     Raises:
         UserError: If the Hub answers that there is no such data set or revision.
     """
     try:
-        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=3)
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=3).sha
     except RevisionNotFoundError as error:
         raise UserError(f'data set {name!r} has no revision {revision!r} on the Hub') from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f'no data set {name!r} on the Hub, or it is private; log in with: hf auth login') from error
     except (httpx.HTTPError, OSError):  # unreachable, silent, 5xx, or HF_HUB_OFFLINE
-        return False
-    return True
+        return None
 
 
 @contextmanager
@@ -92,51 +104,80 @@ def _cache_alone() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def load_split(source: SourceSettings, split: str) -> datasets.Dataset | datasets.IterableDataset:
-    """One split of a Hub data set, of a local folder, or of 'digits', with all its columns.
+def _load(path: str, where: str, **kwargs: Any) -> dict[str, Rows]:
+    """The splits of a Hub data set or of a folder of files, by `datasets`."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are told in one line here
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return dict(datasets.load_dataset(path, **kwargs))
+    except ConnectionError as error:
+        raise UserError(f'{where}: the Hub is unreachable and it is not in the cache; '
+                        'give a local folder with --data-dir') from error
+    except Exception as error:  # readers raise many kinds on a corrupt file
+        raise UserError(f'{where} can not be read: {one_line(error.__cause__ or error, 200)}') from error
+
+
+def _main_process_first(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
+    """What `load` gives; one process downloads and prepares it, and the others find it in the cache."""
+    loaded: list[Any] = []
+    from_main_process(accelerator, lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
+
+
+def _files(root: Path) -> Iterator[str]:
+    """The files below a folder that aren't hidden."""
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith('.')]
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if not name.startswith('.'))
+
+
+def _open_folder(name: str, source: SourceSettings, where: str, accelerator: Accelerator) -> DataSet:
+    """A local folder. The main process looks through its files, and tells the others."""
+    root = Path(os.path.abspath(name))
+    origin = dict(folder=root.name)
+    found = from_main_process(accelerator, partial(find_pictures, root))
+    if found is not None:
+        pictures, digest = found
+        splits: dict[str, Rows] = {split: as_dataset(root, of_split) for split, of_split in pictures.items()}
+        return DataSet(splits, where, dict(origin, fingerprint=digest))
+    digest = from_main_process(accelerator, lambda: fingerprint(root, _files(root)))
+
+    def load() -> dict[str, Rows]:
+        config = source.dataset_config
+        if config is not None and config not in datasets.get_dataset_config_names(name):
+            config = None  # the configuration is the recipe's Hub data set's; this folder holds bare files
+        return _load(name, where, name=config, streaming=source.streaming)
+    return DataSet(_main_process_first(accelerator, load), where, dict(origin, fingerprint=digest))
+
+
+def open_data(source: SourceSettings, accelerator: Accelerator) -> DataSet:
+    """Opens a data set.
+
+    Args:
+        source: Which.
+        accelerator: One of its processes looks, the others are told.
 
     Raises:
         UserError: If it can't be found or read.
     """
+    where = f'data set {source.name!r}'
     if not source.name:
         raise UserError('neither --dataset nor --data-dir is given')
-    is_folder = Path(source.name).is_dir()
-    name, _, revision = (source.name, '', '') if is_folder else source.name.partition('@')
-    if not is_folder and (name.startswith(('.', '/', '~')) or name.count('/') > 1):
-        raise UserError(f'data set folder {name!r} does not exist; give a folder of parquet files or a Hub data set')
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # load_split tells errors in one line
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    is_silent = not is_folder and name != 'digits' and not _hub_answers(name, revision or None)
-    config = source.dataset_config
-    try:
-        if is_folder and config is not None and config not in datasets.get_dataset_config_names(name):
-            config = None  # the configuration is the recipe's Hub data set's; this folder holds bare files
-        with _cache_alone() if is_silent else nullcontext():
-            splits = _digits() if name == 'digits' else datasets.load_dataset(
-                name, config, revision=revision or None, streaming=source.streaming)
-    except ConnectionError as error:
-        raise UserError(f'data set {name!r}: the Hub is unreachable and it is not in the cache; '
-                        'give a local folder with --data-dir') from error
-    except Exception as error:  # readers raise many kinds on a corrupt file
-        raise UserError(f'data set {name!r} can not be read: {one_line(error.__cause__ or error, 200)}') from error
-    if split not in splits:
-        raise UserError(f'data set {name!r} has no split {split!r}; it has {", ".join(splits)}')
-    return splits[split]
-
-
-def _column(features: datasets.Features, kind: type, given: str | None, flag: str) -> str:
-    """The column of a feature type, or the one that `flag` names."""
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if given is not None:
-        if given not in found:
-            columns = ', '.join(f'{name} ({type(feature).__name__})' for name, feature in features.items())
-            raise UserError(f'{flag} {given!r} is no column of type {kind.__name__}; the columns are {columns}')
-        return given
-    if len(found) != 1:
-        raise UserError(f'{len(found)} columns of type {kind.__name__} ({", ".join(found) or "none"}) '
-                        f'among {", ".join(features)}; choose with {flag}')
-    return found[0]
+    if Path(source.name).is_dir():
+        return _open_folder(source.name, source, where, accelerator)
+    name, _, revision = source.name.partition('@')
+    if source.data_dir or name.startswith(('.', '/', '~')) or name.count('/') > 1:
+        raise UserError(f'data set folder {name!r} does not exist; give a folder of class folders or of parquet files, '
+                        'or a Hub data set')
+    if name == 'digits':
+        return DataSet(dict(_digits()), where, dict(package='scikit-learn'))
+    commit = from_main_process(accelerator, lambda: _ask_hub(name, revision or None))
+    load = partial(_load, name, where, name=source.dataset_config, streaming=source.streaming,
+                   revision=commit or revision or None)
+    with nullcontext() if commit else _cache_alone():
+        splits = _main_process_first(accelerator, load)
+    return DataSet(splits, where, dict(hub=name, revision=commit))
 
 
 def read_batches(batches: Iterable[Any], where: str) -> Iterator[Any]:
@@ -147,41 +188,3 @@ def read_batches(batches: Iterable[Any], where: str) -> Iterator[Any]:
         raise
     except Exception as error:
         raise UserError(f'{where} can not be read: {one_line(error.__cause__ or error, 200)}') from error
-
-
-def check_labels(labels: torch.Tensor, split: Split) -> None:
-    """Raises UserError unless there are labels (N,), each of them that of a class."""
-    if not len(labels):
-        raise UserError(f'{split.where} holds no images')
-    if not 0 <= labels.min() <= labels.max() < len(split.class_names):
-        raise UserError(f'{split.where}: labels go from {labels.min()} to {labels.max()}, classes from 0 to '
-                        f'{len(split.class_names) - 1}')
-
-
-def decode(encoded: dict[str, Any], where: str) -> Image.Image:
-    """The RGB picture of an `image` of `Split`; UserError if it is damaged."""
-    try:
-        return Image.open(io.BytesIO(encoded['bytes']) if encoded['bytes'] else encoded['path']).convert('RGB')
-    except OSError as error:
-        raise UserError(f'{where} is damaged ({error})') from error
-
-
-def open_split(source: SourceSettings, split: str) -> Split:
-    """Opens one split and finds its columns by their types.
-
-    Raises:
-        UserError: If the data set or a column can't be found.
-    """
-    data = load_split(source, split)
-    if data.features is None:  # some streams tell them only when they are read
-        data = data._resolve_features()
-    image_key = _column(data.features, datasets.Image, source.input_key, '--input-key')
-    label_key = _column(data.features, datasets.ClassLabel, source.target_key, '--target-key')
-    told = (data.info.splits or {}).get(split)
-    images = len(data) if isinstance(data, datasets.Dataset) else told and told.num_examples
-    rows = data.select_columns([image_key, label_key])
-    for column, ours in ((image_key, 'image'), (label_key, 'label')):
-        if column != ours:  # a stream can't rename a column to its own name
-            rows = rows.rename_column(column, ours)
-    return Split(rows.cast_column('image', datasets.Image(decode=False)), data.features[label_key].names,
-                 f'data set {source.name!r}, split {split!r}', images)

@@ -1,7 +1,8 @@
-"""The training, validation and test images that the flags name, and the batches of each, by either data path."""
+"""The training, validation and test images that the flags name, and the batches of each, by one of the data paths."""
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -10,12 +11,15 @@ from timm.data import create_transform
 
 from harness.cli import flag, non_negative, non_negative_int, positive_int, unit_interval
 from harness.data.batches import Batches
+from harness.data.columns import Split, open_split, rename_classes
 from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set
-from harness.data.large_images import ImageRows, LoaderBatches, load_image_rows
-from harness.data.sources import SourceSettings, open_split
+from harness.data.large_images import ImageRows, LoaderBatches, ReadImage
+from harness.data.sources import DataSet, SourceSettings, open_data
+from harness.data.streams import StreamBatches
 from harness.errors import UserError
 
-Images = ImageSet | ImageRows
+# In memory, in files, or a stream.
+Images = ImageSet | ImageRows | Split
 
 
 @dataclass(frozen=True)
@@ -28,24 +32,24 @@ class ImageSettings:
                                    nargs='+')
     batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
     in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
-    workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=positive_int)
+    workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=non_negative_int)
 
 
 @dataclass(frozen=True)
 class SplitSettings:
     """Training, validation and test images."""
     train_split: str = flag('train', "'+' joins several")
-    val_split: str | None = flag(None, 'split to select by (default: held out of the training split)')
-    test_split: str = flag('test', 'looked at once, at the end')
+    val_split: str | None = flag(None, "split to select by (default: held out of the training split); 'auto': the "
+                                       'validation split if there is one')
+    test_split: str = flag('test', "looked at once, at the end; 'auto': the test split if there is one, otherwise the "
+                                   'validation images, and then the last epoch counts')
     validation_batch_size: int | None = flag(None, 'images a process and step in validation and testing (default: '
                                                    '--batch-size)', short='-vb', type=positive_int)
     val_per_class: list[int] = flag([500], 'images of each class held out for validation, one number for each joined '
                                     'split', type=positive_int, nargs='+')
-
-    @property
-    def tests_while_training(self) -> bool:
-        """Whether the validation images are the test images, so that they must select nothing."""
-        return self.val_split == self.test_split
+    val_fraction: float | None = flag(None, 'share of each class held out instead', type=unit_interval)
+    epoch_size: int | None = flag(None, 'images an epoch, where --streaming does not tell how many there are',
+                                  type=positive_int)
 
 
 @dataclass(frozen=True)
@@ -72,83 +76,209 @@ def _check_image_size(settings: ImageSettings, cfg: dict[str, Any], size: Sequen
                         f'{expected[1]}x{expected[0]}; resize with --img-size {expected[0]}, or say the size you want')
 
 
-def _mean_and_std(settings: ImageSettings, cfg: dict[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+def _mean_and_std(settings: ImageSettings, cfg: dict[str, Any],
+                  channels: int) -> tuple[Sequence[float], Sequence[float]]:
     """--mean and --std, or the network's; UserError if they can't be used."""
     mean, std = settings.mean or cfg['mean'], settings.std or cfg['std']
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f'--mean {mean} and --std {std} must be three numbers each, --std above 0')
+    if channels == 1:  # grey: the mean over the colours, as timm does
+        mean, std = ([sum(values) / len(values)] for values in (mean, std))
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise UserError(f'--mean {mean} and --std {std} must be {channels} numbers each, --std above 0')
     return mean, std
 
 
-def load_images(source: SourceSettings, split: str, settings: ImageSettings, progress: bool) -> Images:
-    """One split, decoded where --in-memory says so; UserError if something in it can't be used."""
-    opened = open_split(source, split)
-    return load_image_set(opened, settings.img_size, progress) if settings.in_memory else load_image_rows(opened)
+def load_images(data: DataSet, source: SourceSettings, split: str, settings: ImageSettings, channels: int,
+                progress: bool, class_names: list[str] | None = None, whose: str = 'training') -> Images:
+    """One split, decoded where --in-memory says so.
+
+    Args:
+        data: The data set.
+        source: Says which columns.
+        split: Its name.
+        settings: How its images are loaded.
+        channels: 3, or 1 for grey.
+        progress: Show a bar while images are decoded.
+        class_names: Those to count the labels by, if not the split's own.
+        whose: Names them in errors.
+
+    Raises:
+        UserError: If something in it can't be used.
+    """
+    opened = open_split(data, source, split)
+    if class_names is not None:
+        opened = rename_classes(opened, class_names, whose)
+    if settings.in_memory:
+        return load_image_set(opened, settings.img_size, channels, progress)
+    if opened.labels is None:
+        return opened
+    return ImageRows(opened, torch.arange(len(opened.labels)), opened.labels)
 
 
 def concatenate(several: Sequence[Any]) -> Images:
-    """Several splits, one behind the other."""
+    """Several splits of the same kind, one behind the other."""
+    first, *_ = several
     if len(several) == 1:
-        return several[0]
-    labels = [images.labels for images in several]
-    if isinstance(several[0], ImageSet):
-        return ImageSet(torch.cat([images.images for images in several]), torch.cat(labels), several[0].class_names)
-    if None in labels:
+        return first
+    if isinstance(first, Split):
         raise UserError('--train-split joins several, which --streaming can not; leave out one of them')
+    labels = torch.cat([images.labels for images in several])
+    if isinstance(first, ImageSet):
+        return ImageSet(torch.cat([images.images for images in several]), labels, first.class_names)
+    starts = [0, *torch.tensor([len(images.split.rows) for images in several]).cumsum(0).tolist()]
+    numbers = [images.numbers + start for images, start in zip(several, starts, strict=False)]
     rows = datasets.concatenate_datasets([images.split.rows for images in several])
-    return ImageRows(several[0].split._replace(rows=rows, images=len(rows)), torch.cat(labels))
+    return ImageRows(first.split._replace(rows=rows, images=len(rows)), torch.cat(numbers), labels)
 
 
-def hold_out(images: Any, per_class: int) -> tuple[Images, Images]:
-    """Divides a split into training and validation images, `per_class` of each class; always the same ones.
+def hold_out(images: Any, per_class: int | float) -> tuple[Images, Images]:
+    """Divides a split into training and validation images, the same share of each class; always the same ones.
 
     The seed is fixed, and not the run's, so that runs of several seeds share one validation set.
+
+    Args:
+        images: The split.
+        per_class: Images of each class, or as a float their share: of two images or more at least one, and never all.
+
+    Raises:
+        UserError: If nothing would be left of a class, or nothing is held out.
     """
-    if images.labels is None:
+    if isinstance(images, Split):
         raise UserError('--streaming without --in-memory can not hold out images; name a --val-split')
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     held = torch.zeros(len(images), dtype=torch.bool)
-    for label in range(len(images.class_names)):
+    for label, name in enumerate(images.class_names):
         of_class = order[images.labels[order] == label]
-        if len(of_class) <= per_class:
-            raise UserError(f'--val-per-class {per_class} leaves nothing of class {images.class_names[label]!r} '
-                            'to train')
-        held[of_class[:per_class]] = True
+        if isinstance(per_class, float):
+            count = min(max(1, round(per_class * len(of_class))), max(0, len(of_class) - 1))
+        else:
+            count = per_class
+            if len(of_class) <= count:
+                raise UserError(f'--val-per-class {count} leaves nothing of class {name!r} to train; hold out fewer, '
+                                'or a share with --val-fraction')
+        held[of_class[:count]] = True
+    if not held.any():
+        raise UserError('no class has two training images, so that none can be held out; name a --val-split')
     return images[~held], images[held]
 
 
-def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSettings,
-                progress: bool) -> dict[str, Images]:
-    """`train`, `val` and `test`. What is held out for validation comes out of the training images, never of the test.
+class LoadedData(NamedTuple):
+    """What a training looks at.
+
+    Attributes:
+        images: `train`, `val` and `test`.
+        class_names: Of the labels.
+        selects: Whether the validation images select weights; not where they are the test images.
+        record: What results.json says of it: `dataset`, the name; `data`, where it comes from; and what was `held_out`.
+    """
+    images: dict[str, Images]
+    class_names: list[str]
+    selects: bool
+    record: dict[str, Any]
+
+
+def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSettings, accelerator: Accelerator,
+                channels: int = 3, progress: bool = False) -> LoadedData:
+    """Opens and loads the data. What is held out for validation comes out of the training images, never of the test.
 
     Args:
         source: The data set.
         splits: Its splits.
         settings: How they are loaded.
+        accelerator: One of its processes looks for the files.
+        channels: 3, or 1 for grey.
         progress: Show a bar while images are decoded.
 
     Raises:
-        UserError: If they don't have the same classes and the same image size.
+        UserError: If they can't be used, or don't go together.
     """
-    joined = [load_images(source, split, settings, progress) for split in splits.train_split.split('+')]
-    if splits.val_split:
-        train, val = concatenate(joined), load_images(source, splits.val_split, settings, progress)
-    else:
-        if len(splits.val_per_class) != len(joined):
-            raise UserError(f'--val-per-class wants {len(joined)} numbers for --train-split {splits.train_split}, '
-                            f'not {len(splits.val_per_class)}')
-        divided = [hold_out(images, per_class)
-                   for images, per_class in zip(joined, splits.val_per_class, strict=True)]
-        train, val = (concatenate(of_splits) for of_splits in zip(*divided, strict=True))
-    test = val if splits.tests_while_training else load_images(source, splits.test_split, settings, progress)
-    loaded = dict(train=train, val=val, test=test)
-    classes = len(train.class_names)
+    data = open_data(source, accelerator)
+    if splits.epoch_size is not None and (settings.in_memory or not source.streaming):
+        raise UserError(f'--epoch-size {splits.epoch_size} is for --streaming without --in-memory; leave it out')
+    loaded: dict[str, Any] = {}
+
+    def load(split: str) -> Any:
+        if split not in loaded:  # the first one's names count for all
+            names = next(iter(loaded.values())).class_names if loaded else None
+            loaded[split] = load_images(data, source, split, settings, channels, progress, names)
+        return loaded[split]
+
+    val_split = _find(data, splits.val_split, 'validation')
+    test_split = _find(data, splits.test_split, 'test')
+    joined = [load(data.find(split)) for split in splits.train_split.split('+')]
+    classes = len(joined[0].class_names)
     check_classes(settings, classes)
-    for name, images in loaded.items():
-        if len(images.class_names) != classes or _image_size(images) != _image_size(train):
-            raise UserError(f'{name} images are {_image_size(images)} in {len(images.class_names)} classes, '
-                            f'those of training {_image_size(train)} in {classes}; resize with --img-size')
-    return loaded
+    if classes < 2:
+        raise UserError(f'{data.where} has one class, {joined[0].class_names[0]!r}: there is nothing to tell apart; '
+                        'give each class a folder of its own, or choose the labels with --target-key')
+    if val_split is not None:
+        train, val, held_out = concatenate(joined), load(val_split), 'validation split'
+    else:
+        train, val, held_out = _divide(joined, splits)
+    selects = test_split not in (None, val_split)
+    test = val if test_split is None else load(test_split)
+    if not selects:
+        held_out = 'nothing: the last epoch counts' if test_split else f'{held_out}, and tested: the last epoch counts'
+    images = dict(train=train, val=val, test=test)
+    for name, of_split in images.items():
+        if _image_size(of_split) != _image_size(train):
+            raise UserError(f'{name} images are {_image_size(of_split)} px, those of training {_image_size(train)}; '
+                            'resize with --img-size')
+    origin = dict(data.origin)
+    if settings.in_memory:
+        origin['content'] = _digest([f'{split} {loaded[split].content:x}' for split in sorted(loaded)])
+    if 'fingerprint' in origin:
+        origin['fingerprint'] = _digest([origin['fingerprint'], *train.class_names])
+    return LoadedData(images, train.class_names, selects, dict(
+        dataset=_claim(source, origin), data=origin, held_out=held_out))
+
+
+def _find(data: DataSet, split: str | None, default: str) -> str | None:
+    """The name of a split; 'auto' is `default`, or None where there is no such split."""
+    if split == 'auto':
+        split = default if default in data.splits else None
+    return None if split is None else data.find(split)
+
+
+def _divide(joined: Sequence[Any], splits: SplitSettings) -> tuple[Images, Images, str]:
+    """Training and validation images of the training splits, and what was held out in words."""
+    if splits.val_fraction is not None:
+        shares: list[Any] = [splits.val_fraction] * len(joined)
+        held_out = f'{100 * splits.val_fraction:g} % of each class'
+    else:
+        shares, held_out = splits.val_per_class, f'{splits.val_per_class} of each class'
+    if len(shares) != len(joined):
+        raise UserError(f'--val-per-class wants {len(joined)} numbers for --train-split {splits.train_split}, '
+                        f'not {len(shares)}')
+    divided = [hold_out(images, share) for images, share in zip(joined, shares, strict=True)]
+    train, val = (concatenate(of_splits) for of_splits in zip(*divided, strict=True))
+    return train, val, held_out
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+
+
+def _claim(source: SourceSettings, origin: dict[str, Any]) -> str:
+    """The data set's name. A folder has the name of --dataset only if --fingerprint says that it is that data set."""
+    if 'folder' not in origin:
+        return (source.dataset or '').partition('@')[0]
+    is_copy = source.fingerprint is not None and source.fingerprint in (origin['fingerprint'], origin.get('content'))
+    return source.dataset if is_copy and source.data_dir and source.dataset else origin['folder']
+
+
+def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises UserError if a run would go on with other data than it was begun with, as far as both can be told apart.
+
+    Args:
+        before: `data` of `LoadedData.record` when it was begun.
+        now: Likewise, now.
+    """
+    for key in ('content', 'fingerprint', 'revision'):  # a copy elsewhere may have other files and the same content
+        if before.get(key) and now.get(key):
+            if before[key] != now[key]:
+                raise UserError(f'the data is not that of the epochs before: its {key} is {now[key]:.12}, and was '
+                                f'{before[key]:.12}; bring it back, or choose another --experiment')
+            return
 
 
 def _image_size(images: Images) -> tuple[int, ...]:
@@ -157,7 +287,8 @@ def _image_size(images: Images) -> tuple[int, ...]:
 
 
 def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], accelerator: Accelerator,
-                 augmentation: AugmentationSettings | None = None, seed: int = 0) -> Batches:
+                 augmentation: AugmentationSettings | None = None, seed: int = 0, channels: int = 3,
+                 epoch_size: int | None = None) -> Batches:
     """The batches of one split.
 
     Args:
@@ -167,25 +298,36 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
         accelerator: Says who we are among the processes, and where the images go.
         augmentation: Of training images, which are shuffled too; None evaluates them as they are, in their order.
         seed: Of order and augmentation.
+        channels: 3, or 1 for grey.
+        epoch_size: Training images an epoch of a stream, if not all.
 
     Raises:
-        UserError: If size, mean or std don't suit the images.
+        UserError: If size, mean or std don't suit the images, or a stream doesn't tell how many it holds.
     """
-    mean, std = _mean_and_std(settings, cfg)
-    order: dict[str, Any] = dict(train=augmentation is not None, seed=seed, rank=accelerator.process_index,
+    mean, std = _mean_and_std(settings, cfg, channels)
+    train, device = augmentation is not None, accelerator.device
+    order: dict[str, Any] = dict(train=train, seed=seed, rank=accelerator.process_index,
                                  world_size=accelerator.num_processes)
     if isinstance(images, ImageSet):
         _check_image_size(settings, cfg, _image_size(images))
         looks: dict[str, Any] = {}
         if augmentation is not None:
             looks = dict(crop_padding=augmentation.crop_padding, hflip=augmentation.hflip)
-        return MemoryBatches(images.to(accelerator.device), settings.batch_size, mean, std, **looks, **order)
+        return MemoryBatches(images.to(device), settings.batch_size, mean, std, **looks, **order)
     if augmentation is None:
         looks = dict(crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'])
     else:
         looks = dict(scale=augmentation.scale, hflip=augmentation.hflip, color_jitter=augmentation.color_jitter,
                      auto_augment=augmentation.aa)
-    size = (3, settings.img_size, settings.img_size) if settings.img_size else cfg['input_size']
-    transform = create_transform(size, is_training=augmentation is not None, mean=tuple(mean), std=tuple(std),
+    size = (settings.img_size,) * 2 if settings.img_size else cfg['input_size'][1:]
+    transform = create_transform((channels, *size), is_training=train, use_prefetcher=True,  # uint8, not normalised
                                  interpolation=cfg['interpolation'], **looks)
-    return LoaderBatches(images, settings.batch_size, transform, accelerator.device, settings.workers, **order)
+    split = images if isinstance(images, Split) else images.split
+    read, reads = ReadImage(transform, split.where, channels), (mean, std, device, settings.workers)
+    if isinstance(images, ImageRows):
+        return LoaderBatches(images, settings.batch_size, read, *reads, **order)
+    length = epoch_size or images.images if train else images.images
+    if train and (length is None or length < settings.batch_size * accelerator.num_processes):
+        raise UserError(f'{split.where} is a stream that tells of {length or "no number of"} images; say with '
+                        '--epoch-size how many make an epoch, at least a batch of all processes')
+    return StreamBatches(images, length, settings.batch_size, read, *reads, **order)
