@@ -123,19 +123,18 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
     """Evaluates on all images, each process on its share.
 
     Returns:
-        `loss`, and `top1` and `top5` in percent.
+        `loss`, `top1` and `top5` in percent, and the number of `images`.
     """
     if accelerator.num_processes > 1:  # in training each process has batch norm statistics of its own
         broadcast(list(model.buffers()))
     model.eval()
-    total = torch.zeros(3, device=accelerator.device)  # sum of losses, top-1 hits, top-5 hits
+    total = torch.zeros(4, device=accelerator.device)  # sum of losses, top-1 hits, top-5 hits, images
     for x, target, _ in batches:
         with amp():
             logits = model(x)
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         loss = F.cross_entropy(logits, target, reduction='sum')
-        total += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-    loss_sum, top1, top5 = accelerator.reduce(total).tolist()
-    images = batches.images
-    return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images)
+        total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(target))])
+    loss_sum, top1, top5, images = accelerator.reduce(total).tolist()
+    return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))

@@ -85,8 +85,19 @@ def test_evaluation_counts_as_a_loop_over_the_images_and_changes_nothing():
         loss += math.log(sum(map(math.exp, logits))) - logits[label]
         better = sum(logit > logits[label] for logit in logits)
         top1, top5 = top1 + (better < 1), top5 + (better < 5)
-    assert found == pytest.approx(dict(loss=loss / 23, top1=100 * top1 / 23, top5=100 * top5 / 23), rel=1e-5)
+    assert found == pytest.approx(
+        dict(loss=loss / 23, top1=100 * top1 / 23, top5=100 * top5 / 23, images=23), rel=1e-5)
     assert 0 < found['top1'] < found['top5'] < 100
+
+
+def test_evaluation_counts_the_images_itself():
+    """Of a stream nobody knows how many will come."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    batches = MemoryBatches(image_set(7), 4, (0.5,) * 3, (0.25,) * 3)
+    known = evaluate(network, batches, Accelerator(cpu=True), autocast(CPU, False))
+    batches.images = None
+    assert evaluate(network, batches, Accelerator(cpu=True), autocast(CPU, False)) == known
+    assert type(known['images']) is int
 
 
 class OnMeta(Accelerator):
@@ -107,10 +118,10 @@ class CopiesToMeta(TorchDispatchMode):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The values that were asked for by item() or tolist(), each of which waits for the device; all are 0."""
+    """The values that were asked for by item() or tolist(), each of which waits for the device; all are 1."""
     asked = []
-    monkeypatch.setattr(torch.Tensor, 'item', lambda tensor: asked.append(tensor) or 0.)
-    monkeypatch.setattr(torch.Tensor, 'tolist', lambda tensor: asked.append(tensor) or [0.] * len(tensor))
+    monkeypatch.setattr(torch.Tensor, 'item', lambda tensor: asked.append(tensor) or 1.)
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda tensor: asked.append(tensor) or [1.] * len(tensor))
     return asked
 
 
