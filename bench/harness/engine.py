@@ -14,6 +14,7 @@ from tqdm import tqdm
 from harness.data.batches import Batches
 
 Autocast = Callable[[], AbstractContextManager]
+SeeBatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def autocast(device: torch.device, enabled: bool, cache: bool = True) -> Autocast:
@@ -85,6 +86,7 @@ def train_epoch(
         bar: tqdm,
         log_interval: int,
         before_update: Callable[[int], None] | None = None,
+        see_first_batch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> float:
     """Trains one epoch.
 
@@ -96,6 +98,7 @@ def train_epoch(
         bar: The progress bar of the run, which counts images.
         log_interval: Steps between updates of the progress bar, each of which waits for the device once.
         before_update: Called with the number of the update in this epoch, from 0, when its gradient is there.
+        see_first_batch: Called with this process's first images (B, C, H, W) and their labels (B,), before their step.
 
     Returns:
         The mean training loss of this epoch over all processes.
@@ -105,6 +108,8 @@ def train_epoch(
     for number, (x, target, size) in enumerate(batches):
         update, place = divmod(number, step.grad_accum_steps)
         is_update = place + 1 == step.grad_accum_steps or number + 1 == len(batches)
+        if number == 0 and see_first_batch is not None:
+            see_first_batch(x, target)
         loss_sum += step.backward(x, target, batches.images_of_update(number, step.grad_accum_steps), is_update)
         if is_update:
             if before_update is not None:
@@ -119,8 +124,16 @@ def train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: Autocast) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: Autocast,
+             see_batch: SeeBatch | None = None) -> dict[str, float]:
     """Evaluates on all images, each process on its share.
+
+    Args:
+        model: The network, on its device.
+        batches: What it is evaluated on.
+        accelerator: Says who we are among the processes.
+        amp: See `autocast`.
+        see_batch: Called with images (B, C, H, W), labels (B,) and logits (B, classes) in fp32 of each batch.
 
     Returns:
         `loss`, `top1` and `top5` in percent, and the number of `images`.
@@ -133,6 +146,8 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
         with amp():
             logits = model(x)
         logits = logits.float()
+        if see_batch is not None:
+            see_batch(x, target, logits)
         hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
         loss = F.cross_entropy(logits, target, reduction='sum')
         total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(target))])

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm_sd
 from harness.machine import versions
+from harness.pictures import Mistakes, save_mistakes
 from harness.plots import save_curves
 from harness.recipes import TrainFlags, changed_from_recipe
 from harness.run_folder import RunFolder
@@ -46,7 +47,9 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     progress, folder, gates = trainer.progress, trainer.folder, trainer.gates
     last = trainer.test(trainer.model.state_dict())
     weights = folder.load_best(progress.best_epoch)
-    best = trainer.test(weights)
+    mistakes = Mistakes(len(trainer.class_names), trainer.batches['test'])
+    best = trainer.test(weights, mistakes.add)
+    confusion, worst = mistakes.gather(trainer.accelerator)
     # A resumed run may have changed machines: only epochs on the last one's machine count. The median ignores the
     # moments in which the machine had other work.
     *_, place = progress.hardware
@@ -72,6 +75,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
             selected_epoch=progress.best_epoch,
             test_top1_err=best['top1_err'], test_top1_err_last_epoch=last['top1_err'],
             timm_sd=timm_sd.__version__))
+        save_mistakes(confusion, worst, trainer.class_names, folder.path / 'mistakes.png')
         save_curves(progress.rows, results, folder.path / 'curves.png')
         folder.write_results(results)
     return results

@@ -2,7 +2,9 @@
 
     args.yaml            every flag                      results.json         errors, time, hardware, versions
     summary.csv          one row an epoch                model.safetensors    the best epoch's weights, plain network
-    checkpoints/         what --resume goes on from      curves.png
+    checkpoints/         what --resume goes on from      curves.png           loss and error by epoch
+    samples.png          training images, as the network sees them
+    mistakes.png         test images that the best weights get wrong
 """
 import csv
 import fcntl

@@ -16,10 +16,11 @@ import timm_sd
 from harness.cli import flag, positive_int, unit_interval
 from harness.data.batches import Batches
 from harness.data.splits import LoadedData, check_same_data
-from harness.engine import TrainStep, autocast, evaluate, train_epoch
+from harness.engine import SeeBatch, TrainStep, autocast, evaluate, train_epoch
 from harness.errors import UserError
 from harness.graphs import make_step
 from harness.machine import hardware
+from harness.pictures import save_samples
 from harness.run_folder import RunFolder
 
 
@@ -94,7 +95,7 @@ class Trainer:
         self.unsaved_best: dict[str, torch.Tensor] | None = None  # the best weights, where the folder lacks them yet
         # Both belong to the epoch that is being trained.
         self.gradients: list[torch.Tensor] = []  # mean absolute gradient of `watched`, one an update
-        self.validation_seconds = 0.  # of validations within the epoch
+        self.pause_seconds = 0.  # of validations and drawing within the epoch
 
     def train(self, resume: bool) -> None:
         """Trains the epochs that no checkpoint holds yet; with `resume` off, all of them."""
@@ -155,11 +156,12 @@ class Trainer:
         if self.gates is not None:
             self.gates.set_epoch(epoch)
         self.gradients.clear()
-        self.validation_seconds = 0.
+        self.pause_seconds = 0.
         lr, start = self.optimizer.param_groups[0]['lr'], time.perf_counter()
+        draws = epoch == 0 and self.accelerator.is_main_process
         train_loss = train_epoch(step, batches, self.scheduler, epoch, bar, self.settings.log_interval,
-                                 self.before_update)
-        seconds = time.perf_counter() - start - self.validation_seconds
+                                 self.before_update, self.draw_samples if draws else None)
+        seconds = time.perf_counter() - start - self.pause_seconds
         if not math.isfinite(train_loss):
             raise UserError(f'the loss of epoch {epoch + 1} is {train_loss}; '
                             f'lower --lr {self.optimizer.defaults["lr"]}')
@@ -171,6 +173,12 @@ class Trainer:
             row['grad_magnitude'] = torch.stack(self.gradients).mean().item()
         return row
 
+    def draw_samples(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """Draws images (B, C, H, W) of labels (B,) at once: a wrong --mean is seen before the epoch is over."""
+        start = time.perf_counter()
+        save_samples(x, target, self.class_names, self.folder.path / 'samples.png')
+        self.pause_seconds += time.perf_counter() - start
+
     def before_update(self, update: int) -> None:
         """Logs the gradient, and validates every --eval-interval updates, which are numbered from 0 in each epoch."""
         if self.watched is not None and self.watched.grad is not None:
@@ -179,7 +187,7 @@ class Trainer:
             start = time.perf_counter()
             self.validate()
             self.model.train()
-            self.validation_seconds += time.perf_counter() - start
+            self.pause_seconds += time.perf_counter() - start
 
     def validate(self) -> dict[str, float]:
         """Evaluates on the validation images, and keeps the weights if they are the best so far."""
@@ -217,10 +225,15 @@ class Trainer:
                      network=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
 
-    def test(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Test loss and errors of these weights, in fp32, so that validate.py and timm's give the same anywhere."""
+    def test(self, weights: dict[str, torch.Tensor], see_batch: SeeBatch | None = None) -> dict[str, float]:
+        """Test loss and errors of these weights, in fp32, so that validate.py and timm's give the same anywhere.
+
+        Args:
+            weights: State dict of the network.
+            see_batch: See `evaluate`.
+        """
         self.model.load_state_dict(weights)
         metrics = evaluate(self.model, self.batches['test'], self.accelerator,
-                           autocast(self.accelerator.device, False))
+                           autocast(self.accelerator.device, False), see_batch)
         errors = {f'{key}_err': round(100 - metrics[key], 4) for key in ('top1', 'top5')}
         return dict(loss=metrics['loss'], **errors)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import TrainStep, autocast, default_amp, evaluate, train_epoch
 from harness.graphs import RecordedStep
+from harness.pictures import Mistakes
 from support.data import image_set
 from support.updates import check_updates
 
@@ -143,9 +144,11 @@ def test_an_epoch_waits_for_the_device_when_it_logs_and_at_its_end(waits, kind, 
 
 def test_evaluation_waits_for_the_device_once(waits):
     network = timm.create_model('sd_resnet20_cifar').to('meta')
-    evaluate(network, MemoryBatches(image_set(19).to('meta'), 4, (0.5,) * 3, (0.25,) * 3), OnMeta(cpu=True),
-             autocast(CPU, False))
-    assert len(waits) == 1
+    batches = MemoryBatches(image_set(19).to('meta'), 4, (0.5,) * 3, (0.25,) * 3)
+    for see_batch in (None, Mistakes(10, batches).add):
+        evaluate(network, batches, OnMeta(cpu=True), autocast(CPU, False), see_batch)
+        assert len(waits) == 1
+        waits.clear()
 
 
 @pytest.mark.parametrize(('bf16', 'amx'), [(False, False), (True, False), (False, True)])

@@ -126,7 +126,7 @@ def test_damaged_newest_checkpoint_is_passed_over(copy, finished):
 
 def test_stopped_while_finishing(copy, finished):
     folder, args = copy
-    for name in ('results.json', 'model.safetensors', 'summary.csv', 'curves.png'):
+    for name in ('results.json', 'model.safetensors', 'summary.csv', 'curves.png', 'mistakes.png'):
         (folder / name).unlink()
     result = run_here('train.py', *args)
     assert result.returncode == 0, result.stderr

@@ -21,8 +21,8 @@ def evaluations(monkeypatch):
 
     updates, evaluate, update = [], training.evaluate, engine.TrainStep.update
 
-    def watched(model, batches, accelerator, amp):
-        found = evaluate(model, batches, accelerator, amp)
+    def watched(model, batches, accelerator, amp, *see_batch):
+        found = evaluate(model, batches, accelerator, amp, *see_batch)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         ours.seen.append((batches.images, len(updates), state))
         return dict(found, top1=ours.top1.pop(0)) if ours.top1 else found

@@ -29,9 +29,11 @@ def before_each_update(monkeypatch, look):
 def test_run_folder_is_complete(finished):
     folder, result = finished
     assert {path.name for path in folder.iterdir()} == {
-        'args.yaml', 'summary.csv', 'results.json', 'model.safetensors', 'curves.png', 'checkpoints'}
+        'args.yaml', 'summary.csv', 'results.json', 'model.safetensors', 'curves.png', 'samples.png', 'mistakes.png',
+        'checkpoints'}
     rows, results = read_csv(folder / 'summary.csv'), read_results(folder)
-    assert list(rows[0])[:6] == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+    assert list(rows[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'train_seconds']
+    assert results['test_best'].keys() == results['test_last'].keys() == {'loss', 'top1_err', 'top5_err'}
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
     assert json.loads(result.stdout) == dict(run_folder=str(folder), **results)
     best = max(rows, key=lambda row: float(row['eval_top1']))
@@ -166,10 +168,10 @@ def test_each_epoch_has_an_order_and_gates_of_its_own(toy_flags, tmp_path, monke
 def test_trains_and_validates_in_bf16_but_tests_in_fp32(toy_flags, tmp_path, monkeypatch):
     seen, evaluate = [], training.evaluate
 
-    def watched(model, batches, accelerator, amp):
+    def watched(model, batches, accelerator, amp, *see_batch):
         with amp():
             seen.append((batches.images, torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu')))
-        return evaluate(model, batches, accelerator, amp)
+        return evaluate(model, batches, accelerator, amp, *see_batch)
 
     monkeypatch.setattr(training, 'evaluate', watched)
     result = run_here('train.py', *toy_flags, '--epochs', '1', '--amp', '--output', tmp_path, '--experiment', 'a')

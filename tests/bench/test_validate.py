@@ -60,9 +60,9 @@ def test_validation_and_test_in_batches_of_their_own_size(finished, toy_flags, t
     """Of 12 and 20 images, and training in batches of 8; neither the weights nor the errors change."""
     sizes, evaluate, backward = [], training.evaluate, engine.TrainStep.backward
 
-    def watched(model, batches, accelerator, amp):
+    def watched(model, batches, accelerator, amp, *see_batch):
         hook = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-        found = evaluate(model, batches, accelerator, amp)
+        found = evaluate(model, batches, accelerator, amp, *see_batch)
         hook.remove()
         return found
 
