@@ -1,4 +1,6 @@
 """samples.png and mistakes.png: what is drawn, and that looking changes nothing."""
+import time
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from harness import engine, training
 from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import autocast, evaluate
 from harness.pictures import WORST, Mistake, Mistakes, save_mistakes, save_samples
-from support.commands import assert_same_run, run_here
+from support.commands import assert_same_run, read_csv, run_here
 from support.ranks import on_two_ranks
 
 CLASSES, IMAGES = 7, 61
@@ -148,6 +150,13 @@ def test_the_batch_that_is_drawn_is_the_first_that_a_step_gets(toy_flags, tmp_pa
     assert torch.equal(target, steps[0][1])
     assert class_names == ['class 0', 'class 1', 'class 2', 'class 3']
     assert file == tmp_path / 'a' / 'samples.png'
+
+
+def test_an_epoch_does_not_take_longer_for_its_drawing(toy_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'save_samples', lambda *args: time.sleep(3))
+    result = run_here('train.py', *toy_flags, '--epochs', '1', '--output', tmp_path, '--experiment', 'a')
+    assert result.returncode == 0, result.stderr
+    assert float(read_csv(tmp_path / 'a' / 'summary.csv')[0]['train_seconds']) < 3
 
 
 def test_looking_changes_no_weight(toy_flags, tmp_path, monkeypatch, finished):
