@@ -61,7 +61,7 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
         depth = f"p_L {1 - rate:g}, timm's DropPath"
     else:
         depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'
-    sizes = '/'.join(str(batches.images) for batches in trainer.batches.values())
+    sizes = '/'.join(str(batches.images or '?') for batches in trainer.batches.values())
     return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), {"bf16" if network.amp else "fp32"}'
             f'{", channels_last" if network.channels_last else ""}'
             f'{", CUDA graphs" if flags.training.cuda_graphs else ""} | '

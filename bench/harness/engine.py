@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from harness.data.batches import Batches
+from harness.errors import UserError
 
 Autocast = Callable[[], AbstractContextManager]
 SeeBatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -135,6 +136,9 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
         amp: See `autocast`.
         see_batch: Called with images (B, C, H, W), labels (B,) and logits (B, classes) in fp32 of each batch.
 
+    Raises:
+        UserError: If a stream held none.
+
     Returns:
         `loss`, `top1` and `top5` in percent, and the number of `images`.
     """
@@ -152,4 +156,7 @@ def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator, amp: 
         loss = F.cross_entropy(logits, target, reduction='sum')
         total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, len(target))])
     loss_sum, top1, top5, images = accelerator.reduce(total).tolist()
+    if not images:
+        raise UserError('there are no images to evaluate; look at --val-split and --test-split')
+    batches.images = int(images)  # a stream may not have told their number
     return dict(loss=loss_sum / images, top1=100 * top1 / images, top5=100 * top5 / images, images=int(images))

@@ -47,7 +47,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     progress, folder, gates = trainer.progress, trainer.folder, trainer.gates
     last = trainer.test(trainer.model.state_dict())
     weights = folder.load_best(progress.best_epoch)
-    mistakes = Mistakes(len(trainer.class_names), trainer.batches['test'])
+    mistakes = Mistakes(len(trainer.data.class_names), trainer.batches['test'])
     best = trainer.test(weights, mistakes.add)
     confusion, worst = mistakes.gather(trainer.accelerator)
     # A resumed run may have changed machines: only epochs on the last one's machine count. The median ignores the
@@ -75,7 +75,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
             selected_epoch=progress.best_epoch,
             test_top1_err=best['top1_err'], test_top1_err_last_epoch=last['top1_err'],
             timm_sd=timm_sd.__version__))
-        save_mistakes(confusion, worst, trainer.class_names, folder.path / 'mistakes.png')
+        save_mistakes(confusion, worst, trainer.data.class_names, folder.path / 'mistakes.png')
         save_curves(progress.rows, results, folder.path / 'curves.png')
         folder.write_results(results)
     return results

@@ -176,7 +176,7 @@ class Trainer:
     def draw_samples(self, x: torch.Tensor, target: torch.Tensor) -> None:
         """Draws images (B, C, H, W) of labels (B,) at once: a wrong --mean is seen before the epoch is over."""
         start = time.perf_counter()
-        save_samples(x, target, self.class_names, self.folder.path / 'samples.png')
+        save_samples(x, target, self.data.class_names, self.folder.path / 'samples.png')
         self.pause_seconds += time.perf_counter() - start
 
     def before_update(self, update: int) -> None:

@@ -1,6 +1,6 @@
 """From encoded images to pictures: every kind of file, at its own bit depth, or one line."""
 import io
-import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -64,7 +64,6 @@ def big():
     """A picture that says it has 20,000 x 20,000 pixels."""
     content = bytearray(encoded(Image.new('L', (9, 9)))['bytes'])
     content[16:24] = (20000).to_bytes(4, 'big') * 2
-    import zlib
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, 'big')
     return bytes(content)
 
@@ -92,7 +91,6 @@ def test_what_is_no_picture_is_one_line(name):
     content, words = BAD[name]
     if isinstance(content, bytes):
         content = dict(bytes=content, path=None)
-    with pytest.raises(UserError, match=words) as error, warnings.catch_warnings():
-        warnings.simplefilter('error')
+    with pytest.raises(UserError, match=words) as error:
         decode(content, 'it')
     assert '\n' not in str(error.value)

@@ -86,7 +86,7 @@ class ImageStream(IterableDataset):
         parts = -(-slots // len(shards))  # with too few shards several slots read one, each every n-th row
         own = [(shard, part) for part in range(parts) for shard in range(len(shards))][slot::slots]
         while True:
-            order, found = list(own), False
+            order, found = list(own), place != Place(place.number)  # a resumed slot may be at the end of its pass
             if self.seed is not None:
                 _draw(self.seed, place.number, slot).shuffle(order)
             for shard, part in order[place.shard:]:
@@ -104,7 +104,7 @@ class ImageStream(IterableDataset):
                 place = Place(place.number, place.shard + 1)
             if self.seed is None:
                 return
-            if not found and place.number:  # the first pass of a resumed slot may have been at its end
+            if not found:
                 raise UserError(f'{self.split.where} has too few images for {slots} readers; lower --workers')
             place = Place(place.number + 1)
 
