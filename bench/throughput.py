@@ -25,7 +25,7 @@ import timm_sd
 from harness.cli import Parser, add_flags, drop_rate, flag, make_settings, run_script
 from harness.engine import default_amp
 from harness.errors import UserError
-from harness.files import make_folder, write_csv, write_json
+from harness.files import file_to_replace, make_folder, write_csv, write_json
 from harness.graphs import check_recordable
 from harness.machine import hardware, versions
 from harness.network import DepthSettings, registered_name
@@ -155,6 +155,8 @@ def main() -> None:
     check(contestants, what, end_to_end)
     if what.output:
         make_folder(Path(what.output).parent, '--output')
+        for suffix in ('.json', '.csv', '.png'):  # before what may take an hour
+            file_to_replace(Path(what.output).with_suffix(suffix), '--output')
     accelerator = Accelerator(cpu=what.end_to_end or what.host or what.prefix)  # as train.py runs there
     if contestants.cuda_graphs or what.verify:
         depth = DepthSettings(grad_checkpointing=steps.grad_checkpointing, torchcompile_mode=steps.torchcompile_mode)

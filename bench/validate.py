@@ -18,7 +18,7 @@ from harness.data.sources import SourceSettings, open_data
 from harness.data.splits import ImageSettings, check_classes, load_images, make_batches
 from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
-from harness.files import write_csv
+from harness.files import file_to_replace, write_csv
 from harness.launch import make_accelerator
 from harness.network import NetworkSettings, registered_name
 
@@ -89,8 +89,8 @@ def main() -> None:
         raise UserError(f'--checkpoint {flags.checkpoint} is no safetensors file that names its model; give --model'
                         if flags.checkpoint else 'neither --model nor --checkpoint is given')
     registered_name(flags.model)
-    if flags.results_file and not Path(flags.results_file).parent.is_dir():
-        raise UserError(f'--results-file {flags.results_file}: there is no such folder')
+    if flags.results_file:
+        file_to_replace(Path(flags.results_file), '--results-file')
     flags.in_memory = flags.in_memory is not False
     flags.model_kwargs = flags.model_kwargs or {}
     accelerator = make_accelerator()

@@ -3,6 +3,8 @@ import csv
 import io
 import json
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,47 @@ from harness.errors import UserError
 PART_BYTES = 15 * 2**20
 
 
+def file_to_replace(path: Path, flag: str = '') -> Path:
+    """The file that a write to `path` replaces: the target of a symbolic link, so that the link stays.
+
+    Args:
+        path: Where to write. There may be nothing yet.
+        flag: That named it, for the error.
+
+    Raises:
+        UserError: If it is something else than a file, such as a device, a pipe or a folder, or its folder isn't there.
+    """
+    what, target = f'{flag} {path}'.lstrip(), Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise UserError(f'{what} can not be written: there is no such folder')
+    try:
+        is_file = stat.S_ISREG(target.stat().st_mode)
+    except FileNotFoundError:
+        is_file = True  # it will be one
+    except OSError as error:  # a name too long, a link to itself
+        raise UserError(f'{what} can not be written ({error.strerror}); choose another name') from error
+    if not is_file:
+        raise UserError(f'{what} can not be written: it is there, and is no regular file; choose another name')
+    return target
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file in one piece: after a crash or on a full disk the old one is still there, whole.
 
     Raises:
         UserError: If the file can't be written.
     """
-    temporary = path.with_name(f'.{path.name}.tmp')
+    target = file_to_replace(path)
+    temporary = target.with_name(f'.{target.name}.tmp')
     try:
         with open(temporary, 'wb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f'{path} can not be written ({error.strerror}); what was saved before is good') from error
 
 

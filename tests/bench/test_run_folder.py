@@ -1,8 +1,10 @@
 """The run folder: a state in several files, files in one piece, and which folder the flags mean."""
 import errno
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,57 @@ def test_a_file_that_can_not_be_written_leaves_the_old_one_whole(tmp_path, monke
         files.write_atomic(path, b'new and longer')
     assert path.read_bytes() == b'old'
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('folder', ['.', 'elsewhere'])
+@pytest.mark.parametrize('there', [True, False])
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path, folder, there):
+    target, link = tmp_path / folder / 'target', tmp_path / 'link'
+    target.parent.mkdir(exist_ok=True)
+    if there:
+        target.write_bytes(b'old')
+    link.symlink_to(f'{folder}/target')
+    files.write_atomic(link, b'new')
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert target.read_bytes() == b'new'
+    assert {path.name for path in tmp_path.rglob('*') if path.is_file()} == {'link', 'target'}  # no temporary file
+
+
+def make_odd(path, kind):
+    """Puts something at `path` that is no regular file."""
+    if kind == 'folder':
+        path.mkdir()
+    elif kind == 'pipe':
+        os.mkfifo(path)
+    elif kind == 'socket':
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    else:
+        path.symlink_to(dict(device='/dev/null', full='/dev/full', loop=path.name)[kind])
+
+
+ODD = ['folder', 'pipe', 'socket', 'device', 'full', 'loop']
+
+
+@pytest.mark.parametrize('kind', ODD)
+def test_what_is_no_file_is_not_written_to(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
+    path = Path('odd')
+    make_odd(path, kind)
+    before = path.lstat()
+    with pytest.raises(UserError, match='^odd can not be written'):
+        files.write_atomic(path, b'new')
+    assert path.lstat() == before
+    assert os.listdir() == ['odd']
+
+
+@pytest.mark.parametrize('name', ['nowhere/file', 'file/file', 'x' * 300])
+def test_a_place_for_no_file_is_told_in_one_line(tmp_path, name):
+    (tmp_path / 'file').write_bytes(b'old')
+    with pytest.raises(UserError, match='can not be written'):
+        files.write_atomic(tmp_path / name, b'new')
+    assert os.listdir(tmp_path) == ['file']
 
 
 def test_only_one_process_trains_in_a_folder(tmp_path):

@@ -1,5 +1,6 @@
 """bench/validate.py, and the test of a run: the stated error is that of a plain loop over the pictures."""
 import io
+import os
 
 import datasets
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import validate
 from harness import engine, training
 from support.commands import assert_same_errors, read_csv, read_results, refused, run_here, weights
 from support.data import write_parquet
@@ -105,6 +107,21 @@ def test_mistakes_get_one_line_and_status_2(finished, toy_folder, tmp_path, args
         args, words = ([text.replace(name, place) for text in texts] for texts in (args, words))
     said = refused('validate.py', '--data-dir', toy_folder, *args)
     assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'pipe', 'device'])
+def test_results_go_into_a_file_or_nothing_is_evaluated(finished, toy_folder, tmp_path, monkeypatch, kind):
+    odd = tmp_path / 'odd'
+    if kind == 'folder':
+        odd.mkdir()
+    elif kind == 'pipe':
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to('/dev/full')
+    monkeypatch.setattr(validate, 'evaluate', None)
+    said = refused('validate.py', '--checkpoint', finished[0] / 'model.safetensors', '--data-dir', toy_folder,
+                   '--results-file', odd)
+    assert f'--results-file {odd} can not be written' in said
 
 
 def test_pretrained_of_another_class_count(tmp_path):
