@@ -4,11 +4,14 @@ import io
 import json
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+import yaml
+
+from harness.errors import UserError, one_line
 
 PART_BYTES = 15 * 2**20
 
@@ -63,6 +66,28 @@ def make_folder(path: Path, flag: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'{path} can not be written ({error.strerror}); choose another with {flag}') from error
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any], way_out: str) -> dict[str, Any]:
+    """The mapping that a file of YAML or JSON holds.
+
+    Args:
+        path: The file.
+        parse: Its text to a value.
+        way_out: Ends the message of an error.
+
+    Raises:
+        UserError: If it can't be read, or is something else than a mapping.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError('it is no regular file')  # a pipe would be waited for
+        value = parse(path.read_text(encoding='utf-8'))
+        if not isinstance(value, dict):
+            raise ValueError('it is no mapping of names to values')
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f'{path} can not be read ({one_line(error, 120)}); {way_out}') from error
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

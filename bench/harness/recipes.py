@@ -1,5 +1,6 @@
 """The flags of train.py, and recipes: YAML files that say what the command line leaves open."""
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,8 @@ import yaml
 from harness.cli import Parser, add_flags, flag, make_settings
 from harness.data.sources import SourceSettings
 from harness.data.splits import AugmentationSettings, ImageSettings, SplitSettings
-from harness.errors import UserError, nearest, one_line
+from harness.errors import UserError, nearest
+from harness.files import read_mapping
 from harness.launch import LaunchSettings
 from harness.network import DepthSettings, NetworkSettings
 from harness.optimizer import OptimizerSettings
@@ -62,19 +64,13 @@ def read_recipe(name: str) -> dict[str, Any]:
     """The recipe of a name or YAML file: flags and their values.
 
     Raises:
-        UserError: If there is none, or it is no mapping.
+        UserError: If there is none, or it can't be read, or is no mapping.
     """
     path = Path(name) if name.endswith(('.yaml', '.yml')) else RECIPES / f'{name}.yaml'
-    if not path.is_file():
+    if not os.path.exists(path):
         recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
         raise UserError(f'no recipe {name!r}; nearest: {nearest(name, recipes)}, or give a YAML file')
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f'recipe {path}: {one_line(error)}') from error
-    if not isinstance(recipe, dict):
-        raise UserError(f'recipe {path} must be a mapping of flag names to values')
-    return recipe
+    return read_mapping(path, yaml.safe_load, 'a recipe is a YAML file that maps the names of flags to values')
 
 
 def command_line(flags: dict[str, Any]) -> list[str]:
@@ -106,7 +102,7 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     recipe = read_recipe(args.config)
     for key in recipe:
         if key == 'config' or key not in args:
-            raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(key, vars(args))}')
+            raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(str(key), vars(args))}')
     return parser.parse_args([*command_line(recipe), *argv])
 
 

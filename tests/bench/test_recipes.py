@@ -1,4 +1,8 @@
 """Recipes: what they say is checked as a user's flags are, and the learning rates are the paper's."""
+import os
+from pathlib import Path
+from unittest import mock
+
 import pytest
 import torch
 
@@ -39,12 +43,39 @@ def test_the_command_line_goes_before_the_recipe(tmp_path):
 @pytest.mark.parametrize(('text', 'words'), [
     ('epoch: 3', ["'epoch'", 'epochs']), ('config: cifar10', ["'config'"]), ('epochs: 10.5', ['--epochs', '10.5']),
     ('val_per_class: many', ['--val-per-class', 'many']), ('drop_path: 1.0', ['1.0', '[0, 1)']),
-    ('amp: perhaps', ['perhaps']), ('- epochs', ['mapping']), ('epochs: [', ['recipe.yaml'])])
+    ('amp: perhaps', ['perhaps']), ('1: 2', ['key 1']), ('- epochs', ['mapping']), ('epochs: [', ['recipe.yaml'])])
 def test_a_recipe_is_checked_as_a_users_flags(tmp_path, text, words):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(text)
     said = refused('train.py', '-c', recipe, '--output', tmp_path / 'output')
     assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'# nothing', bytes(range(256)), 'epochs: 3'.encode('utf-16'), b'epochs: \0', b'lr: 2020-13-45',
+    b'[' * 2000])
+def test_a_recipe_that_is_none_is_one_line(tmp_path, content):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_bytes(content)
+    said = refused('train.py', '-c', recipe, '--output', tmp_path / 'output')
+    assert f'{recipe} can not be read' in said
+
+
+@pytest.mark.parametrize('kind', ['folder', 'pipe', 'secret', 'device'])
+def test_a_recipe_is_a_file_that_can_be_read(tmp_path, monkeypatch, kind):
+    recipe = tmp_path / 'recipe.yaml'
+    if kind == 'folder':
+        recipe.mkdir()
+    elif kind == 'pipe':
+        os.mkfifo(recipe)
+    elif kind == 'device':
+        recipe.symlink_to('/dev/zero')
+    else:
+        recipe.touch()
+        monkeypatch.setattr(Path, 'read_text', mock.Mock(side_effect=PermissionError(13, 'Permission denied')))
+    said = refused('train.py', '-c', recipe, '--output', tmp_path / 'output')
+    assert f'{recipe} can not be read' in said
+    assert 'flags to values' in said
 
 
 def test_what_was_changed_is_told():
