@@ -6,6 +6,7 @@
     samples.png          training images, as the network sees them
     mistakes.png         test images that the best weights get wrong
 """
+import argparse
 import csv
 import fcntl
 import io
@@ -14,6 +15,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,19 +28,35 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from harness.cli import flag
-from harness.errors import UserError, one_line
-from harness.files import make_folder, read_parts, write_atomic, write_csv, write_json, write_parts
+from harness.errors import UserError, one_line, user_errors
+from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
 
 # Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
               'threads', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
+# What a run leaves besides args.yaml.
+LEFT_BY_A_RUN = ('checkpoints/*-*', 'results.json', 'summary.csv', 'model.safetensors')
+# What is read of results.json and of each row of summary.csv; older runs have these too.
+RESULTS = ('args', 'best_epoch', 'blocks', 'changed_from_recipe', 'dataset', 'drop_path_rate', 'epoch_seconds',
+           'epochs', 'expected_depth', 'hardware', 'images', 'images_per_second', 'model', 'param_count', 'recipe',
+           'seed', 'test_best', 'test_last', 'val_top1_err', 'val_top1_err_last', 'versions')
+COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'train_seconds')
+WRITTEN_ANEW = 'remove results.json and run the same training again with --resume auto, which writes it anew'
+
+
+def folder_name(text: str) -> str:
+    """An argparse type: the name of one folder."""
+    if text in ('', '.', '..') or {'/', os.sep} & {*text} or not text.isprintable():
+        raise argparse.ArgumentTypeError(f'{text!r} must be the name of one folder, which is made below --output')
+    return text
 
 
 @dataclass(frozen=True)
 class FolderSettings:
     """Run folder."""
     output: str = flag('output/train', 'folder of the run folders')
-    experiment: str | None = flag(None, 'name of the run folder (default: time, model and image size)')
+    experiment: str | None = flag(None, 'name of the run folder (default: time, model and image size)',
+                                  type=folder_name)
     resume: str | None = flag(None, "'auto', or a run folder to go on with")
 
 
@@ -82,28 +100,64 @@ class RunFolder:
                             'another --experiment') from error
 
     def read_flags(self) -> dict[str, Any] | None:
-        """args.yaml, or None if there is none that can be read."""
+        """args.yaml, or None where no run was begun.
+
+        Raises:
+            UserError: If it can't be read, or is missing where a run was begun.
+        """
         path = self.path / 'args.yaml'
-        try:
-            flags = yaml.safe_load(path.read_text()) if path.exists() else None
-        except yaml.YAMLError:
-            flags = None
-        return flags if isinstance(flags, dict) else None
+        way_out = 'bring it back, or choose another --experiment'
+        if os.path.exists(path):
+            return read_mapping(path, yaml.safe_load, way_out)
+        left = next((file for pattern in LEFT_BY_A_RUN for file in self.path.glob(pattern)), None)
+        if left is not None:
+            raise UserError(f'{self.path} has a {left.name} of a run, but no args.yaml; {way_out}')
+        return None
 
     def read_results(self) -> dict[str, Any] | None:
-        """results.json, or None before the run is complete."""
+        """results.json, or None before the run is complete.
+
+        Raises:
+            UserError: If it can't be read, or something is missing in it.
+        """
         path = self.path / 'results.json'
-        return json.loads(path.read_text()) if path.exists() else None
+        if not os.path.exists(path):
+            return None
+        results = read_mapping(path, json.loads, WRITTEN_ANEW)
+        missing = [key for key in RESULTS if key not in results]
+        if missing:
+            raise UserError(f'{path} lacks {", ".join(missing)}; {WRITTEN_ANEW}')
+        return results
 
     def read_summary(self) -> list[dict[str, float]]:
-        """The rows of summary.csv."""
-        with (self.path / 'summary.csv').open() as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        """The rows of summary.csv.
+
+        Raises:
+            UserError: If it can't be read, or a row is damaged.
+        """
+        path = self.path / 'summary.csv'
+        try:
+            # What is no text is replaced, so that the row it is in can be named.
+            lines = [*csv.reader(path.read_text(encoding='utf-8', errors='replace').splitlines())]
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f'{path} can not be read ({one_line(error, 100)}); {WRITTEN_ANEW}') from error
+        header = lines.pop(0) if lines else []
+        missing = [column for column in COLUMNS if column not in header]
+        if missing or not lines:
+            raise UserError(f'{path} lacks {", ".join(missing) or "rows"}; {WRITTEN_ANEW}')
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append({key: float(value) for key, value in zip(header, line, strict=True)})
+            except ValueError as error:
+                raise UserError(
+                    f'{path} is damaged in row {number}, {",".join(line)[:60]!r}; {WRITTEN_ANEW}') from error
+        return rows
 
     def epochs_written(self) -> int:
         """Rows of summary.csv, while the run goes on too; 0 before there is one."""
         path = self.path / 'summary.csv'
-        return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+        return max(0, len(path.read_bytes().splitlines()) - 1) if path.exists() else 0
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Writes results.json, which says that the run is complete: it comes last."""
@@ -123,7 +177,9 @@ class RunFolder:
 
     def load_best(self, epoch: int) -> dict[str, torch.Tensor]:
         """What `save_best` kept of this epoch."""
-        return safetensors.torch.load(read_parts(self.checkpoints / f'best-{epoch + 1:04d}.safetensors'))
+        path = self.checkpoints / f'best-{epoch + 1:04d}.safetensors'
+        with user_errors(f'{path} holds the best weights, and can not be read'):
+            return safetensors.torch.load(read_parts(path))
 
     def save_checkpoint(self, state: dict[str, Any], history: int) -> None:
         """Saves the state after `state['epoch']` epochs, then removes all but the last `history`."""
@@ -137,14 +193,31 @@ class RunFolder:
                 if number_in_name(path) < oldest:
                     path.unlink()
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint, or None; a damaged one is passed over with a warning."""
+    def load_checkpoint(self, restore: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
+        """The newest whole checkpoint, or None if there is none at all; a damaged one is passed over with a warning.
+
+        Args:
+            restore: Goes back to a checkpoint; one that it fails with counts as damaged.
+
+        Raises:
+            UserError: If all are damaged: to begin anew would remove them.
+        """
+        damaged: list[str] = []
         for path in sorted(self.checkpoints.glob('checkpoint-*.pt'), reverse=True):
             try:
-                return _load(path)
+                state = _load(path)
+                restore(state)
+            except UserError:
+                raise
             except Exception as error:  # zipfile, pickle and torch raise different ones
-                print(f'warning: {path} is damaged ({one_line(error, 60)}); going on from one before it, or anew',
-                      file=sys.stderr, flush=True)
+                damaged.append(f'{path} is damaged ({type(error).__name__}: {one_line(error, 60)})')
+            else:
+                for what in damaged:
+                    print(f'warning: {what}; going on from one before it', file=sys.stderr, flush=True)
+                return state
+        if damaged:
+            raise UserError(f'{self.path} has no checkpoint that can be read: {damaged[0]}; bring it back if it was '
+                            'written on another disk or by another version, or choose another --experiment')
         return None
 
     def remove_after(self, epochs: int) -> None:
@@ -195,8 +268,12 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str) 
         if folder.read_flags() is None:
             raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
     elif resume == 'auto' and not settings.experiment:
-        for path in sorted(output.glob('*/args.yaml'), key=lambda path: path.stat().st_mtime, reverse=True):
-            old = RunFolder(path.parent).read_flags()
+        begun = [path for path in output.glob('*/args.yaml') if path.is_file()]
+        for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                old = RunFolder(path.parent).read_flags()
+            except UserError:
+                continue  # whatever it was, it was not named
             if old is not None and old.keys() == flags.keys() and not _differences(flags, old):
                 return RunFolder(path.parent)
     old = folder.read_flags()

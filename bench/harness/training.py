@@ -127,11 +127,12 @@ class Trainer:
         """Goes back to the last checkpoint, if there is one.
 
         Raises:
-            UserError: If an older version wrote it.
+            UserError: If none of them can be gone back to, or an older version wrote it.
         """
-        checkpoint = self.folder.load_checkpoint()
-        if checkpoint is None:
-            return
+        self.folder.load_checkpoint(self.go_back)
+
+    def go_back(self, checkpoint: dict[str, Any]) -> None:
+        """Goes back to a checkpoint; it fails, half done, with one that is none of this training."""
         if 'raw_model' in checkpoint:  # its last batch norms and their momenta are in other numbers with scale 'eval'
             raise UserError(f'{self.folder.path} was begun by an older version of timm-sd, whose checkpoints mean '
                             'something else; finish it with that version, or choose another --experiment')
@@ -143,9 +144,12 @@ class Trainer:
                 raise UserError(f'{self.folder.path} reads a stream on {len(states)} processes, and goes on with as '
                                 f'many, not on {accelerator.num_processes}')
             self.batches['train'].load_state_dict(states[accelerator.process_index])
-        self.progress = Progress(**{key: checkpoint[key] for key in vars(self.progress)})
+        progress = Progress(**{key: checkpoint[key] for key in vars(self.progress)})
+        if not len(progress.rows) == len(progress.hardware) == progress.epoch:
+            raise ValueError(f'it has {len(progress.rows)} rows of {progress.epoch} epochs')
         self.model.load_state_dict(checkpoint['network'])
         self.optimizer.load_state_dict(checkpoint['optimizer'])
+        self.progress = progress
 
     def run_epoch(self, step: TrainStep, epoch: int, bar: tqdm) -> dict[str, float]:
         """Trains and validates one epoch; returns its row of summary.csv."""

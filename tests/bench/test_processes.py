@@ -66,13 +66,13 @@ def free_port():
         return free.getsockname()[1]
 
 
-def launch(output, *launcher_args, port=None):
+def launch(output, *launcher_args, port=None, more=()):
     """A launcher of two processes, or one of two launchers of one each."""
     launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
                 '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port or free_port()),
                 *(launcher_args or ('--num_machines', '1'))]
     return subprocess.Popen(
-        [*launcher, str(BENCH / 'train.py'), *flags(2, output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*launcher, str(BENCH / 'train.py'), *flags(2, output), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=dict(os.environ, ACCELERATE_USE_CPU='true'))
 
 
@@ -139,6 +139,23 @@ def test_killed_rank_ends_the_run_and_resume_goes_on_exactly(tmp_path):
     assert {**ours[0], 'train_seconds': 0} == {**theirs[0], 'train_seconds': 0}
     assert float(ours[-1]['train_loss']) == pytest.approx(float(theirs[-1]['train_loss']), rel=0.2)
     assert len(ours) == 3
+
+
+def test_every_rank_ends_where_no_checkpoint_can_be_read(tmp_path):
+    assert run_here('train.py', *flags(1, tmp_path), '--epochs', '1').returncode == 0
+    (tmp_path / 'a' / 'results.json').unlink()
+    for path in (tmp_path / 'a' / 'checkpoints').glob('checkpoint-*'):
+        path.write_bytes(b'damaged')
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    process = launch(tmp_path, more=['--epochs', '1'])
+    try:
+        _, stderr = process.communicate(timeout=240)  # no rank waits for another
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert stderr.count('train.py: error: ') == 1
+    assert 'has no checkpoint that can be read' in stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
 def test_processes_that_do_not_train_together_are_refused(tmp_path):

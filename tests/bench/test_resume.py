@@ -134,16 +134,124 @@ def test_stopped_while_finishing(copy, finished):
     assert_same_run(folder, finished[0])
 
 
-def test_begins_anew_where_no_checkpoint_is_whole(copy, finished):
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def change_state(path, **changed):
+    """Saves a checkpoint with something else in it; None takes it out."""
+    state = dict(torch.load(path), **changed)
+    torch.save({key: value for key, value in state.items() if value is not None}, path)
+
+
+DAMAGES = {
+    'empty': lambda path: path.write_bytes(b''),
+    'cut': lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    'noise': lambda path: path.write_bytes(bytes(range(256)) * 40),
+    'no dict': lambda path: torch.save([1, 2], path),
+    'no network': lambda path: change_state(path, network=None),
+    'no optimizer': lambda path: change_state(path, optimizer=None),
+    'no epoch': lambda path: change_state(path, epoch=None),
+    'other epoch': lambda path: change_state(path, epoch='many'),
+    'other rows': lambda path: change_state(path, rows=[]),
+    'other shapes': lambda path: change_state(path, network={'conv1.weight': torch.zeros(1)}),
+    'other groups': lambda path: change_state(path, optimizer=dict(state={}, param_groups=[])),
+}
+
+
+@pytest.mark.parametrize('named', [True, False])
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_where_no_checkpoint_can_be_read_nothing_is_begun_or_removed(copy, damage, named):
     folder, args = copy
     for path in folder.glob('checkpoints/checkpoint-*.pt'):
-        path.write_bytes(b'')
+        DAMAGES[damage](path)
+    (folder / 'results.json').unlink()
+    before = contents(folder)
+    if not named:
+        args = [*args[:args.index('--output')], '--resume', folder]
+    result = run_here('train.py', *args)
+    assert (result.returncode, result.stdout) == (2, '')
+    header, said = result.stderr.splitlines()
+    assert said.startswith(f'train.py: error: {folder} has no checkpoint that can be read: ')
+    assert 'checkpoint-0003.pt is damaged' in said
+    assert 'another --experiment' in said
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_checkpoint_that_can_not_be_gone_back_to_is_passed_over(copy, finished, damage):
+    folder, args = copy
+    DAMAGES[damage](folder / 'checkpoints' / 'checkpoint-0003.pt')
     (folder / 'results.json').unlink()
     result = run_here('train.py', *args)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count('is damaged') == 2
-    assert result.stderr.count('train_loss') == 3
+    assert result.stderr.count('checkpoint-0003.pt is damaged') == 1
     assert_same_run(folder, finished[0])
+
+
+BROKEN = [b'', b'a: [', bytes(range(256)), b'- a\n', b'a: 2020-13-45\n', b'\0\0', 'a: 1'.encode('utf-16')]
+
+
+@pytest.mark.parametrize('resume', ['auto', 'folder', None])
+@pytest.mark.parametrize('broken', [*BROKEN, None])
+def test_a_run_whose_flags_can_not_be_read_is_left_alone(copy, broken, resume):
+    folder, args = copy
+    if broken is None:
+        (folder / 'args.yaml').unlink()
+    else:
+        (folder / 'args.yaml').write_bytes(broken)
+    (folder / 'results.json').unlink()
+    before = contents(folder)
+    args = args[:-2] + {'auto': ['--resume', 'auto'], 'folder': ['--resume', folder], None: []}[resume]
+    said = refused('train.py', *args)
+    assert str(folder) in said
+    assert 'args.yaml' in said
+    assert 'another --experiment' in said
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize('left', ['checkpoints/best-0001.safetensors', 'summary.csv', 'results.json'])
+def test_a_folder_with_something_of_a_run_is_not_taken_for_a_new_one(toy_flags, tmp_path, left):
+    path = tmp_path / 'a' / left
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'of a run')
+    said = refused('train.py', *toy_flags, '--output', tmp_path, '--experiment', 'a', '--resume', 'auto')
+    assert f'has a {path.name} of a run, but no args.yaml' in said
+    assert contents(tmp_path) == {path: b'of a run'}
+
+
+def test_a_folder_of_other_things_is_a_new_run(toy_flags, tmp_path):
+    (tmp_path / 'a' / 'checkpoints').mkdir(parents=True)  # as a kill leaves it
+    (tmp_path / 'a' / 'notes.txt').write_text('mine')
+    assert run_here('train.py', *toy_flags, '--epochs', '1', '--output', tmp_path, '--experiment', 'a').returncode == 0
+    assert (tmp_path / 'a' / 'notes.txt').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('broken', [b'', b'{"model": "sd_res', b'[1]', b'null', bytes(range(256)), b'{}'])
+def test_results_that_can_not_be_read_are_written_anew_without_them(copy, finished, broken):
+    folder, args = copy
+    results = folder / 'results.json'
+    results.write_bytes(broken)
+    before = contents(folder)
+    said = refused('train.py', *args)
+    assert str(results) in said
+    assert 'remove results.json and run the same training again' in said
+    assert contents(folder) == before
+    results.unlink()
+    result = run_here('train.py', *args)
+    assert result.returncode == 0, result.stderr
+    assert 'train_loss' not in result.stderr  # nothing was trained
+    assert_same_run(folder, finished[0])
+
+
+def test_best_weights_that_are_lost_are_told(copy):
+    folder, args = copy
+    for path in folder.glob('checkpoints/best-*'):
+        path.unlink()
+    (folder / 'results.json').unlink()
+    result = run_here('train.py', *args)
+    assert result.returncode == 2
+    assert 'holds the best weights, and can not be read' in result.stderr.splitlines()[-1]
 
 
 def test_a_run_begun_by_an_older_version_is_refused_and_left_alone(copy):
@@ -153,18 +261,18 @@ def test_a_run_begun_by_an_older_version_is_refused_and_left_alone(copy):
     state = torch.load(newest)
     torch.save(dict(state, raw_model=state.pop('network')), newest)
     (folder / 'results.json').unlink()
-    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    before = contents(folder)
     result = run_here('train.py', *args)
     assert result.returncode == 2
     assert 'was begun by an older version of timm-sd' in result.stderr.splitlines()[-1]
-    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+    assert contents(folder) == before
 
 
 def test_without_resume_an_old_run_is_not_overwritten(copy):
     folder, args = copy
-    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    before = contents(folder)
     assert 'exists; go on with --resume auto' in refused('train.py', *args[:-2])
-    assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(('flags', 'words'), [

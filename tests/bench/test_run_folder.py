@@ -11,7 +11,9 @@ import torch
 
 from harness import files
 from harness.errors import UserError
-from harness.run_folder import FolderSettings, RunFolder, find_run_folder
+from harness.recipes import parse_train_flags
+from harness.run_folder import COLUMNS, FolderSettings, RunFolder, find_run_folder
+from support.commands import refused
 
 LAYER = 'layer.weight'
 
@@ -217,3 +219,62 @@ def test_a_run_of_a_hub_repository_is_found_again(tmp_path):
     assert new.path.parent == tmp_path
     new.create(flags)
     assert find_run_folder(settings, flags, 'hf-hub:our/net-32').path == new.path
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', '/', 'a/b', '../a', '/tmp/a', 'a/', './a', 'a\0b', 'a\nb'])
+def test_a_run_folder_is_one_folder_below_output(name, tmp_path):
+    said = refused('train.py', '--output', tmp_path / 'output', '--experiment', name)
+    assert 'argument --experiment' in said
+    assert repr(name) in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['a', 'a.b-c', '...', 'ä b', '-a'])
+def test_other_names_are_names(name):
+    assert parse_train_flags([f'--experiment={name}']).experiment == name
+
+
+def test_auto_passes_over_what_it_can_not_read(tmp_path):
+    for age, name in enumerate(('broken', 'a pipe', 'whole')):
+        path = find(tmp_path, experiment=name) / 'args.yaml'
+        os.utime(path, (10**9 - age, 10**9 - age))
+    (tmp_path / 'broken' / 'args.yaml').write_text('a: [')
+    (tmp_path / 'a pipe' / 'args.yaml').unlink()
+    os.mkfifo(tmp_path / 'a pipe' / 'args.yaml')
+    assert find(tmp_path, resume='auto') == tmp_path / 'whole'
+
+
+# --- what is read of it
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows = [dict.fromkeys(COLUMNS, number + 0.25) for number in range(3)]
+    RunFolder(tmp_path).write_summary(rows)
+    assert RunFolder(tmp_path).read_summary() == rows
+    assert RunFolder(tmp_path).epochs_written() == 3
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (lambda whole: whole[:-6], 'row 3'),
+    (lambda whole: whole + b'5,', 'row 4'),
+    (lambda whole: whole + b'\0' * 20 + b'\n', 'row 4'),
+    (lambda whole: whole.replace(b'4,4,4', b'4,x,4'), 'row 3'),
+    (lambda whole: whole.replace(b'4,4,4', b'4,,4'), 'row 3'),
+    (lambda whole: whole + b'1,' * 9 + b'1\n', 'row 4'),
+    (lambda whole: whole + bytes(range(128, 256)), 'row 4'),
+    (lambda whole: bytes(range(256)), 'lacks epoch'),
+    (lambda whole: b'', 'lacks epoch'),
+    (lambda whole: whole[:20], 'lacks eval_loss'),
+    (lambda whole: whole.splitlines()[0], 'lacks rows'),
+])
+def test_a_damaged_row_is_named(tmp_path, change, words):
+    path = tmp_path / 'summary.csv'
+    RunFolder(tmp_path).write_summary([dict.fromkeys(COLUMNS, number) for number in (2, 3, 4)])
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=f'{path} .*{words}.*; remove results.json and run the same training again'):
+        RunFolder(tmp_path).read_summary()
+
+
+def test_a_summary_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match='summary.csv can not be read'):
+        RunFolder(tmp_path).read_summary()

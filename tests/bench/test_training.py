@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.machine import hardware
 from harness.network import DepthSettings, NetworkSettings, build_network, first_branch_weight
 from harness.results import closing_lines
-from harness.run_folder import RunFolder
+from harness.run_folder import COLUMNS, RunFolder
 from support.commands import ROOT, assert_same_run, read_csv, read_results, run_here, summary, weights
 
 
@@ -82,7 +82,8 @@ def test_it_ends_with_three_lines_for_a_person_and_a_json_for_scripts(finished, 
 
 def test_closing_lines_are_the_folder_the_errors_and_the_time(tmp_path):
     """Epochs count from one there."""
-    RunFolder(tmp_path).write_summary([dict(train_seconds=30.3), dict(train_seconds=4.5)])
+    RunFolder(tmp_path).write_summary(
+        [dict(dict.fromkeys(COLUMNS, 0.), train_seconds=seconds) for seconds in (30.3, 4.5)])
     folder, error, seconds = closing_lines(RunFolder(tmp_path), dict(
         test_best=dict(top1_err=5.254), test_last=dict(top1_err=5.5), best_epoch=6, epochs=10, epoch_seconds=3.26,
         images_per_second=812.3)).splitlines()
