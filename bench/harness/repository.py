@@ -43,11 +43,16 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     """The results of a finished run that may be made public.
 
     Raises:
-        UserError: If it isn't finished, or was not trained with whole blocks dropped.
+        UserError: If it isn't finished and whole, or was not trained with whole blocks dropped.
     """
-    results = RunFolder(run_folder).read_results()
+    run = RunFolder(run_folder)
+    results = run.read_results()
     if results is None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
+    run.read_summary()  # is it whole?
+    for name in ('model.safetensors', 'curves.png'):
+        if not (run_folder / name).is_file():
+            raise UserError(f'{run_folder} is no whole run: it has no {name}')
     results['model'] = registered_name(results['model'])  # it may be hf-hub:ORG/NAME
     if results['blocks'] is None or method_of(results)[0] != 'batch':
         raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')

@@ -3,7 +3,6 @@
 A figure is the test error at the epoch of the lowest validation error, in percent, and the mean over seeds with its
 standard deviation where there are several. What was not run is an empty cell.
 """
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -116,19 +115,22 @@ class Report:
         step_times: Of each mode, one for each machine; see `StepTimes`.
 
     Raises:
-        UserError: If two runs are the same.
+        UserError: If two runs are the same, or one can't be read.
     """
 
     def __init__(self, results: Path, step_times: Sequence[StepTimes] = ()) -> None:
         self.folder, self.times = results / 'reproduction', step_times
         self.runs: dict[str, Found] = {}
         for path in sorted((results / 'runs').glob('*/results.json')):
-            run = json.loads(path.read_text())
+            folder = RunFolder(path.parent)
+            run = folder.read_results()
+            if run is None:  # a link to nothing
+                continue
             found = self.runs.setdefault(key_of_run(run), Found([], []))
             if run['seed'] in (other['seed'] for other in found.results):
                 raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
             found.results.append(run)
-            found.rows.append(RunFolder(path.parent).read_summary())
+            found.rows.append(folder.read_summary())
 
     def find(self, experiment: Experiment, budget: str) -> Found:
         """Its finished runs."""
@@ -195,6 +197,12 @@ seed.
             found = [self.find(run, budget) for run in TABLE1['cifar10']]
             if not all(runs.rows for runs in found):
                 continue
+            for runs in found:
+                for run, rows in zip(*runs, strict=True):
+                    if 'grad_magnitude' not in rows[0]:
+                        raise UserError(f'summary.csv of {run["model"]}, drop_path {run["drop_path_rate"]}, seed '
+                                        f'{run["seed"]}, lacks grad_magnitude for Figure 7; train it again with '
+                                        '--log-gradients')
             losses = [cell([rows[-1]['train_loss'] for rows in runs.rows], 4) for runs in found]
             parts[0] += (f'\nOurs, `{budget}`, {epochs(*found)} epochs: {losses[0]} and {losses[1]}.\n'
                          f'\n![training loss and validation error](fig3-{budget}.png)\n')

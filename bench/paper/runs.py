@@ -70,7 +70,7 @@ class Run(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        return (self.results / self.name / 'results.json').exists()
+        return RunFolder(self.results / self.name).read_results() is not None
 
     def is_recorded(self, settings: RunSettings) -> bool:
         """Whether its steps become CUDA graphs: where --cuda-graphs asks for it, and it can be."""
@@ -85,6 +85,7 @@ class Run(NamedTuple):
         folder, copy = self.output / self.name, self.results / self.name
         results = RunFolder(folder).read_results()
         if results is not None:
+            RunFolder(folder).read_summary()  # is it whole?
             make_folder(copy, '--results')
             write_atomic(copy / 'summary.csv', (folder / 'summary.csv').read_bytes())
             RunFolder(copy).write_results(without_paths(results))  # last: it marks the copy as complete
@@ -102,7 +103,7 @@ class Run(NamedTuple):
         if threads is not None:
             line += ['--threads', str(threads)]
         begun = RunFolder(self.output / self.name).read_flags()
-        if begun is not None:
+        if begun is not None and 'amp' in begun:
             line.append('--amp' if begun['amp'] else '--no-amp')
         if self.is_recorded(settings):
             line += ['--cuda-graphs', '--validation-batch-size', '1000', '--checkpoint-interval', '10']
@@ -192,13 +193,17 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
     if settings.cluster is None and settings.processes > 1:  # one run by itself shows its progress bar instead
         logs = {run: run.output / f'{run.name}.log' for run in left}
     jobs: dict[Run, Any] = {}
-    failed = []
+    failed: list[str] = []
     with ExitStack() as stack:
         try:
             for run in left:
                 # Into files: a pipe would end a training when this process ends.
                 stderr = stack.enter_context(logs[run].open('w')) if logs else None
-                line = run.command(data, threads, settings)
+                try:
+                    line = run.command(data, threads, settings)
+                except UserError as error:  # its folder can't be read
+                    failed.append(f'{run.name}: {error}')
+                    continue
                 with user_errors(f'--cluster {settings.cluster}'):  # submitit's: no such partition
                     jobs[run] = executor.submit(
                         subprocess.run, line, check=True, stdout=subprocess.DEVNULL, stderr=stderr)
@@ -215,4 +220,4 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
                 if not job.done():
                     job.cancel()
     if failed:
-        raise UserError(f'{len(failed)} of {len(jobs)} runs failed; {"; ".join(failed)}')
+        raise UserError(f'{len(failed)} of {len(left)} runs failed; {"; ".join(failed)}')

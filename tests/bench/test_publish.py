@@ -293,6 +293,31 @@ def test_runs_that_are_not_published(hub, signed_in, run_folder, changed, words)
     assert not hub.repos
 
 
+@pytest.mark.parametrize(('file', 'content', 'words'), [
+    ('results.json', b'{"model": "sd_res', 'results.json can not be read'),
+    ('results.json', bytes(range(256)), 'results.json can not be read'),
+    ('results.json', b'{}', 'results.json lacks args'),
+    ('summary.csv', b'epoch,train', 'summary.csv lacks train_loss'),
+    ('summary.csv', None, 'summary.csv can not be read'),
+    ('model.safetensors', None, 'it has no model.safetensors'),
+    ('curves.png', None, 'it has no curves.png'),
+])
+@pytest.mark.parametrize('target', [['--repo', 'our/new'], ['--repo', 'our/new', '--dry-run'], ['--bundle']])
+def test_a_run_that_is_not_whole_is_not_published(
+        hub, signed_in, run_folder, file, content, words, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, 'PRETRAINED', tmp_path / 'pretrained')
+    monkeypatch.setattr(publish, 'CARDS', tmp_path / 'cards')
+    (run_folder / file).unlink()
+    if content is not None:
+        (run_folder / file).write_bytes(content)
+    said = refused('publish.py', run_folder, *target)
+    assert words in said
+    assert str(run_folder) in said
+    assert not hub.repos
+    assert not (run_folder / 'hub').exists()
+    assert not (tmp_path / 'cards').exists()
+
+
 def test_the_first_question_has_a_time_limit(hub, signed_in, run_folder, monkeypatch):
     asked = []
 

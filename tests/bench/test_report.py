@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 import paper.figures
+from harness.run_folder import COLUMNS
 from paper import numbers
 from paper.experiments import TABLE1, Experiment
 from paper.report import Found, Report, gradient_phases, machine, machines, time_ratio
@@ -147,6 +148,37 @@ def test_two_runs_of_the_same_seed_are_refused(tmp_path):
     assert f'{tmp_path / "runs" / "b"} is a second run of the same flags and seed' in said
 
 
+@pytest.mark.parametrize(('file', 'content', 'words'), [
+    ('results.json', b'{"model": "sd_res', 'results.json can not be read'),
+    ('results.json', b'', 'results.json can not be read'),
+    ('results.json', b'[]', 'is no mapping'),
+    ('results.json', bytes(range(256)), 'results.json can not be read'),
+    ('results.json', b'{"model": "sd_resnet20_cifar"}', 'results.json lacks args, best_epoch'),
+    ('summary.csv', b'epoch\n0\n', 'summary.csv lacks train_loss'),
+    ('summary.csv', None, 'summary.csv can not be read'),
+])
+def test_a_run_that_can_not_be_read_is_named(tmp_path, file, content, words):
+    add_run(tmp_path, 'whole', made_up())
+    add_run(tmp_path, 'broken', made_up(seed=1))
+    path = tmp_path / 'runs' / 'broken' / file
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    said = refused('reproduce.py', 'report', '--results', tmp_path)
+    assert str(path) in said
+    assert words in said
+    assert not (tmp_path / 'reproduction').exists()
+
+
+def test_figure_7_wants_runs_that_logged_their_gradients(tmp_path):
+    row = dict.fromkeys(COLUMNS, 1.)
+    for name, rate in (('a', 0.), ('b', 0.5)):
+        add_run(tmp_path, name, made_up(drop_path=rate), [row] if rate else [dict(row, grad_magnitude=1.)])
+    said = refused('reproduce.py', 'report', '--results', tmp_path)
+    assert 'sd_resnet110_cifar.c10' in said
+    assert '--log-gradients' in said
+
+
 SETTINGS = {
     'cifar10': ('uoft-cs/cifar10', dict()),
     'cifar100': ('uoft-cs/cifar100', dict(config='cifar100', model='sd_resnet110_cifar.c100')),
@@ -244,7 +276,7 @@ def test_curves_are_tables_of_the_phases_and_the_last_loss(tmp_path, monkeypatch
     drawn = {}
     monkeypatch.setattr('paper.figures.save_figure', lambda figure, panels, path: drawn.update({path.name: figure}))
     for name, flags, rows in (('a', dict(drop_path=0.), CONSTANT), ('b', {}, STOCHASTIC)):
-        add_run(tmp_path, name, made_up(**flags), rows)
+        add_run(tmp_path, name, made_up(**flags), [dict(dict.fromkeys(COLUMNS, 0.), **row) for row in rows])
     text = Report(tmp_path).curves()
     assert 'Ours, `short`, 8 epochs: 0.2500 and 0.7500.' in text
     (_, *rows), = tables(text)

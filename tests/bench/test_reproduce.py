@@ -128,6 +128,29 @@ def test_goes_on_in_the_precision_of_the_beginning(tmp_path):
         assert parse_train_flags(line[2:]).grad_checkpointing
 
 
+@pytest.mark.parametrize(('place', 'file', 'content'), [
+    *((place, 'results.json', content) for place in ('output', 'results/runs') for content in (b'{"model', b'', b'{}')),
+    ('output', 'summary.csv', b'epoch\n')])
+def test_a_broken_run_is_named_and_nothing_is_started(trainings, tmp_path, place, file, content):
+    finish(tmp_path / place / NAME)
+    path = tmp_path / place / NAME / file
+    path.write_bytes(content)
+    said = refused('reproduce.py', *ONE_RUN, *folders(tmp_path))
+    assert str(path) in said
+    assert trainings == []
+
+
+def test_a_run_whose_flags_are_lost_fails_and_the_others_go_on(trainings, tmp_path):
+    folder = tmp_path / 'output' / NAME
+    folder.mkdir(parents=True)
+    (folder / 'args.yaml').write_text('amp: [')
+    result = run_here('reproduce.py', *ONE_RUN, '--seeds', '0', '1', *folders(tmp_path))
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert f'1 of 2 runs failed; {NAME}: {folder / "args.yaml"} can not be read' in last
+    assert (tmp_path / 'results' / 'runs' / OTHER / 'results.json').exists()
+
+
 def test_what_can_be_recorded_is():
     """With what else keeps a GPU from waiting."""
     settings = RunSettings(cuda_graphs=True)
