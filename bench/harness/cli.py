@@ -7,6 +7,7 @@ are timm's where timm has such a flag.
 import argparse
 import copy
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -34,19 +35,21 @@ def run_script(main: Callable[[], None]) -> None:
 # --- types of values
 
 
-def number(kind: type[Number], low: float, high: float = float('inf')) -> Callable[[str], Number]:
-    """An argparse type: a number in [low, high]."""
+def number(kind: type[Number], low: float = -math.inf, high: float = math.inf) -> Callable[[str], Number]:
+    """An argparse type: a finite number in [low, high]."""
+    bounds = f'{"(" if low == -math.inf else "["}{low}, {high}{")" if high == math.inf else "]"}'
+
     def convert(text: str) -> Number:
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} must lie in [{low}, {high}]')
+        if not low <= value <= high or abs(value) == math.inf:  # nothing lies in them that is no number
+            raise argparse.ArgumentTypeError(f'{text} must lie in {bounds}')
         return value
     convert.__name__ = kind.__name__  # argparse: 'invalid int value'
     return convert
 
 
 positive_int, non_negative_int = number(int, 1), number(int, 0)
-non_negative, unit_interval = number(float, 0), number(float, 0, 1)
+finite, non_negative, unit_interval = number(float), number(float, 0), number(float, 0, 1)
 
 
 def drop_rate(text: str) -> float:
@@ -62,7 +65,10 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not equals:
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f'{text!r}: the value is no YAML') from error
 
 
 class KeyValues(argparse.Action):

@@ -9,7 +9,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
 from harness.cli import flag, non_negative, non_negative_int, positive_int, unit_interval
-from harness.errors import user_errors
+from harness.errors import UserError, user_errors
 
 # timm's schedules that follow from the epoch alone, so that a resume needs nothing else.
 LR_SCHEDULES = ('multistep', 'step', 'cosine', 'tanh', 'poly', 'wsd', 'constant')
@@ -35,6 +35,11 @@ class OptimizerSettings:
     warmup_epochs: int = flag(0, 'epochs of warm-up', type=non_negative_int)
     warmup_lr: float = flag(1e-5, 'learning rate at its start', type=non_negative)
     warmup_constant: bool = flag(False, 'stay at --warmup-lr instead of climbing from it')
+
+    def __post_init__(self) -> None:
+        steps = self.decay_milestones
+        if steps != sorted({*steps}):  # timm searches them as a sorted list, and of two equal ones skips a rate
+            raise UserError(f'--decay-milestones {" ".join(map(str, steps))} must rise, each above the one before it')
 
 
 def build_optimizer(

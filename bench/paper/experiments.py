@@ -85,8 +85,11 @@ class Experiment:
         if epochs != recipe['epochs']:
             part = epochs / recipe['epochs']
             milestones = recipe.get('decay_milestones', [recipe['epochs'] / 2, recipe['epochs'] * 3 / 4])
-            # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs.
-            changed['decay_milestones'] = [round((epoch - 1) * part) + 1 for epoch in milestones]
+            shrunk: list[int] = []
+            for epoch in milestones:
+                # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs. No phase is lost.
+                shrunk.append(max(round((epoch - 1) * part) + 1, shrunk[-1] + 1 if shrunk else 1))
+            changed['decay_milestones'] = shrunk
             warmup = recipe.get('warmup_epochs', 0)
             changed['warmup_epochs'] = max(1, round(warmup * part)) if warmup else 0
         if self.mode != 'batch':

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from harness.cli import run_script
+from harness.cli import finite, run_script
 from harness.errors import RankError, UserError
 from harness.network import NetworkSettings
 from harness.recipes import command_line, group_flags, parse_train_flags, read_recipe
@@ -61,6 +61,20 @@ def test_what_nobody_says_is_the_default_of_its_class():
     (['--epochs', '1.5'], ['--epochs', '1.5']),
     (['--hflip', '1.5'], ['--hflip', '1.5', '[0, 1]']),
     (['--model-kwargs', 'foo'], ['--model-kwargs', 'foo', 'key=value']),
+    (['--model-kwargs', 'foo=['], ['--model-kwargs', 'foo=[', 'no YAML']),
+    (['--lr', 'inf'], ['--lr', 'inf', '[0, inf)']),
+    (['--lr', 'nan'], ['--lr', 'nan', '[0, inf)']),
+    (['--weight-decay', 'inf'], ['--weight-decay', 'inf']),
+    (['--weight-decay', '1e999'], ['--weight-decay', '1e999']),
+    (['--color-jitter', 'infinity'], ['--color-jitter', 'infinity']),
+    (['--smoothing', 'nan'], ['--smoothing', 'nan', '[0, 1]']),
+    (['--drop-path', 'nan'], ['--drop-path', 'nan', '[0, 1)']),
+    (['--mean', '0.5', 'nan', '0.5'], ['--mean', 'nan', '(-inf, inf)']),
+    (['--mean=-inf'], ['--mean', '-inf', '(-inf, inf)']),
+    (['--std', '0.5', 'inf', '0.5'], ['--std', 'inf']),
+    (['--decay-milestones', '250', '250'], ['--decay-milestones 250 250', 'must rise']),
+    (['--decay-milestones', '375', '250'], ['--decay-milestones 375 250', 'must rise']),
+    (['--decay-milestones', '1', '2', '2', '3'], ['--decay-milestones 1 2 2 3', 'must rise']),
     (['--sched', 'plateau'], ['--sched', 'plateau', 'multistep']),
     (['--require-processes', '2'], ['--require-processes is 2', '1 process', 'README']),
 ])
@@ -90,6 +104,12 @@ def test_mistakes_that_data_or_network_show_get_one_line_and_status_2(toy_flags,
     said = refused('train.py', *toy_flags, '--output', tmp_path / 'output', *args)
     assert all(word in said for word in words)
     assert not (tmp_path / 'output').exists()
+
+
+@pytest.mark.parametrize('text', ['0', '-1.5', '1e308'])
+def test_numbers_that_are_finite_are_taken(text):
+    assert finite(text) == float(text)
+    assert parse_train_flags(['--mean', text, text, text]).mean == [float(text)] * 3
 
 
 def test_images_of_another_size_need_img_size(toy_flags, tmp_path):

@@ -7,7 +7,7 @@ import torch
 import reproduce
 from harness.cli import make_settings
 from harness.optimizer import OptimizerSettings, build_optimizer
-from harness.recipes import changed_from_recipe, parse_train_flags
+from harness.recipes import changed_from_recipe, group_flags, parse_train_flags
 from paper import numbers
 from paper.experiments import (
     BUDGETS,
@@ -94,12 +94,20 @@ def rates_by_epoch(experiment, budget):
     (TABLE1['cifar10'][1], 'short', [(0.1, 4), (0.01, 2), (0.001, 2)]),
     (TABLE1['cifar10'][1], 'medium', [(0.1, 8), (0.01, 4), (0.001, 4)]),
     (TABLE1['svhn'][1], 'short', [(0.1, 2), (0.01, 1), (0.001, 1)]),
+    (TABLE1['svhn'][1], 'medium', [(0.1, 5), (0.01, 1), (0.001, 2)]),  # milestones 30 and 35 of 50 would be one
     (TABLE1['imagenet'][1], 'short', [(0.1, 1), (0.01, 1), (0.001, 1), (0.0001, 1)]),
     (DEPTH1202[1], 'short', [(0.01, 1), (0.1, 3), (0.01, 2), (0.001, 2)]),
     (BY_MODE['sample'], 'short', [(0.01, 4), (0.001, 2), (0.0001, 2)]),
 ])
 def test_a_short_schedule_has_every_phase(experiment, budget, phases):
     assert rates_by_epoch(experiment, budget) == phases
+
+
+@pytest.mark.parametrize('budget', BUDGETS)
+def test_every_training_has_flags_that_train_py_takes(budget):
+    for run in {*TARGETS['all'], *BY_MODE_AT_RECIPE_LR.values()}:
+        flags = group_flags(parse_train_flags(run.flags(budget, 0, None)))
+        assert flags.optimizer.decay_milestones[-1] <= flags.optimizer.epochs
 
 
 def test_smoke_is_the_quickstart():

@@ -43,7 +43,10 @@ def test_the_command_line_goes_before_the_recipe(tmp_path):
 @pytest.mark.parametrize(('text', 'words'), [
     ('epoch: 3', ["'epoch'", 'epochs']), ('config: cifar10', ["'config'"]), ('epochs: 10.5', ['--epochs', '10.5']),
     ('val_per_class: many', ['--val-per-class', 'many']), ('drop_path: 1.0', ['1.0', '[0, 1)']),
-    ('amp: perhaps', ['perhaps']), ('1: 2', ['key 1']), ('- epochs', ['mapping']), ('epochs: [', ['recipe.yaml'])])
+    ('amp: perhaps', ['perhaps']), ('1: 2', ['key 1']),
+    ('lr: .inf', ['--lr', 'inf']), ('mean: [.nan, 0, 0]', ['--mean', 'nan']),
+    ('decay_milestones: [375, 250]', ['--decay-milestones 375 250', 'must rise']),
+    ('- epochs', ['mapping']), ('epochs: [', ['recipe.yaml'])])
 def test_a_recipe_is_checked_as_a_users_flags(tmp_path, text, words):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(text)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from timm.data import create_transform
 
-from harness.cli import flag, non_negative, non_negative_int, positive_int, unit_interval
+from harness.cli import finite, flag, non_negative, non_negative_int, positive_int, unit_interval
 from harness.data.batches import Batches
 from harness.data.columns import Split, open_split, rename_classes
 from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set
@@ -27,8 +27,8 @@ class ImageSettings:
     """Images and batches."""
     num_classes: int | None = flag(None, 'checked against the data', type=int)
     img_size: int | None = flag(None, 'side in pixels; images of another size are resized', type=positive_int)
-    mean: list[float] | None = flag(None, "mean of each channel (default: the model's)", type=float, nargs='+')
-    std: list[float] | None = flag(None, "standard deviation of each channel (default: the model's)", type=float,
+    mean: list[float] | None = flag(None, "mean of each channel (default: the model's)", type=finite, nargs='+')
+    std: list[float] | None = flag(None, "standard deviation of each channel (default: the model's)", type=finite,
                                    nargs='+')
     batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
     in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
