@@ -32,7 +32,8 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     data = load_splits(flags.source, flags.splits, flags.images, accelerator, channels,
                        progress=accelerator.is_main_process and sys.stderr.isatty())
     torch.manual_seed(seed)
-    model = build_network(flags.network, flags.depth, len(data.class_names), seed).to(accelerator.device)
+    model = build_network(flags.network, flags.depth, len(data.class_names), seed,
+                          img_size=flags.images.img_size).to(accelerator.device)
     if flags.network.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if flags.training.cuda_graphs:

@@ -20,7 +20,7 @@ from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv
 from harness.launch import make_accelerator
-from harness.network import NetworkSettings, registered_name
+from harness.network import NetworkSettings, check_size, registered_name, size_kwargs
 
 
 def validate_parser() -> Parser:
@@ -50,22 +50,27 @@ def read_metadata(file: str) -> dict[str, Any]:
     return dict(found, model=metadata['model']) if 'model' in metadata else found
 
 
-def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: int) -> Any:
-    """The network with its weights; UserError if there are none, or they are those of another network.
+def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: int, img_size: int | None) -> Any:
+    """The network with its weights; UserError if there are none, or they are those of another network or image size.
 
     Args:
         network: Which.
         checkpoint: File of its weights; without it they are the published ones.
         num_classes: Of the checkpoint.
+        img_size: Side of the images in pixels, if not the network's.
     """
+    name = registered_name(network.model)
     if checkpoint:
         what = f'--checkpoint {checkpoint} does not fit --model {network.model} with {num_classes} classes'
     else:
         what = f'pretrained weights of {network.model}'
     with user_errors(what):
-        return timm.create_model(
+        model: Any = timm.create_model(
             network.model, pretrained=not checkpoint, checkpoint_path=checkpoint,
-            num_classes=num_classes if checkpoint else None, **network.model_kwargs)
+            num_classes=num_classes if checkpoint else None,
+            **dict(size_kwargs(name, img_size), **network.model_kwargs))
+    check_size(model, network.model, img_size)
+    return model
 
 
 def label_names(model: Any) -> list[str] | None:
@@ -99,7 +104,8 @@ def main() -> None:
     data = open_data(source, accelerator)
     classes = open_split(data, source, flags.split).class_names
     check_classes(images, len(classes))
-    model = load_network(network, flags.checkpoint, len(names or classes)).to(accelerator.device)
+    model = load_network(network, flags.checkpoint, len(names or classes),
+                         images.img_size).to(accelerator.device)
     names = names or label_names(model)
     if names is None and model.num_classes != len(classes):
         raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {len(classes)}; '

@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import timm_sd  # noqa: F401  (registers the models)
+from harness.network import size_kwargs
 from harness.paths import CARDS
 
 # The data set of each tag of the registry.
@@ -42,9 +43,9 @@ def full_name(results: dict[str, Any]) -> str:
 
 
 def plain_kwargs(results: dict[str, Any]) -> dict[str, Any]:
-    """--model-kwargs without the method's: what the plain network is made with."""
-    kwargs = results['args']['model_kwargs']
-    return {key: value for key, value in kwargs.items() if not key.startswith('drop_path')}
+    """--model-kwargs without the method's, and the image size: what the plain network is made with."""
+    kwargs = {key: value for key, value in results['args']['model_kwargs'].items() if not key.startswith('drop_path')}
+    return dict(size_kwargs(results['model'], results['args']['img_size']), **kwargs)
 
 
 def dataset_of(results: dict[str, Any]) -> str:

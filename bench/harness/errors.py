@@ -30,5 +30,6 @@ def user_errors(what: str) -> Iterator[None]:
     """Turns what timm raises on a wrong value into a `UserError` that begins with `what`."""
     try:
         yield
-    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError, RuntimeError, OSError,
+            SafetensorError) as error:
         raise UserError(f'{what}: {one_line(error)}') from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_model_config_from_hf, parse_model_name
 from torch import nn
 
@@ -69,7 +70,32 @@ def registered_name(name: str) -> str:
     return name
 
 
-def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: int, seed: int) -> Any:
+def size_kwargs(name: str, img_size: int | None) -> dict[str, Any]:
+    """What tells a network the side of its images in pixels: an argument, where it is built for one size.
+
+    Args:
+        name: The registered name, see `registered_name`.
+        img_size: None leaves it the size of its pretrained_cfg.
+    """
+    cfg: Any = timm.get_pretrained_cfg(name)
+    return dict(img_size=img_size) if img_size and cfg is not None and cfg.fixed_input_size else {}
+
+
+def check_size(model: Any, name: str, img_size: int | None) -> None:
+    """Looks at one image of the size, for most networks find out only then that they can't.
+
+    Raises:
+        UserError: If the network can't.
+    """
+    if img_size:
+        weight, training = next(model.parameters()), model.training
+        with user_errors(f'--img-size {img_size} does not suit --model {name}'), torch.no_grad():
+            model.eval()(torch.zeros(1, 3, img_size, img_size, device=weight.device, dtype=weight.dtype))
+        model.train(training)
+
+
+def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: int, seed: int,
+                  img_size: int | None = None) -> Any:
     """Builds the network and adds what the flags say of stochastic depth.
 
     Args:
@@ -77,13 +103,15 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
         depth: Of its stochastic depth.
         num_classes: Of the data.
         seed: Of the gates.
+        img_size: Side of the images in pixels, if it isn't the network's.
 
     Raises:
         UserError: If a setting doesn't suit the network.
     """
     given = dict(schedule=depth.drop_path_schedule, mode=depth.drop_path_mode, scale=depth.drop_path_scale)
     choices = {key: value for key, value in given.items() if value is not None}
-    is_ours = registered_name(network.model).startswith('sd_')  # they take the method as arguments
+    name = registered_name(network.model)
+    is_ours = name.startswith('sd_')  # they take the method as arguments
     kwargs: dict[str, Any] = {}
     if is_ours:
         kwargs = dict({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
@@ -91,7 +119,8 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
             kwargs['drop_path_rate'] = depth.drop_path
     with user_errors(f'--model {network.model}'):
         model: Any = timm.create_model(network.model, pretrained=network.pretrained, num_classes=num_classes,
-                                       **kwargs, **network.model_kwargs)
+                                       **kwargs, **dict(size_kwargs(name, img_size), **network.model_kwargs))
+        check_size(model, network.model, img_size)
         if not is_ours and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)
         if depth.grad_checkpointing:

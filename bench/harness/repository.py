@@ -105,15 +105,15 @@ def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comp
     given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
     if results['args']['in_memory']:  # images in memory are not cropped
         given.update(crop_pct=1.0, interpolation='bilinear')
-    save_for_hf(model, str(folder), safe_serialization=True, model_config=dict(
-        labels, **method_config(results), pretrained_cfg=dict(
-            given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
-            paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
-            test_input_size=None, test_crop_pct=None)))
-    config = json.loads((folder / 'config.json').read_text())
+    with tempfile.TemporaryDirectory() as scratch:  # it writes the random weights of `model` too
+        save_for_hf(model, scratch, safe_serialization=True, model_config=dict(
+            labels, **method_config(results), pretrained_cfg=dict(
+                given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
+                paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
+                test_input_size=None, test_crop_pct=None)))
+        config = json.loads(Path(scratch, 'config.json').read_text())
     del config['model_args']['num_classes']  # timm takes that of the top level, and transformers adds it to these
     write_json(folder / 'config.json', config)
-    # save_for_hf wrote the random weights of `model` beside config.json: the run's take their place.
     write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
 
 

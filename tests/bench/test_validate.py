@@ -97,6 +97,7 @@ def test_a_checkpoint_is_not_mistaken_for_weights(finished, toy_folder):
     ([], ['--model', '--checkpoint']),
     (['--checkpoint', 'WEIGHTS', '--results-file', 'NOWHERE/results.csv'], ['--results-file', 'no such folder']),
     (['--checkpoint', 'WEIGHTS', '--split', 'dev'], ['dev', 'train, test']),
+    (['--model', 'sd_resnet20_cifar.c11', '--img-size', '8'], ['c11']),
     (['--checkpoint', 'WEIGHTS', '--num-classes', '7'], ['--num-classes', '7', '4']),
 ])
 def test_mistakes_get_one_line_and_status_2(finished, toy_folder, tmp_path, args, words):
