@@ -69,7 +69,7 @@ def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: 
             network.model, pretrained=not checkpoint, checkpoint_path=checkpoint,
             num_classes=num_classes if checkpoint else None,
             **dict(size_kwargs(name, img_size), **network.model_kwargs))
-    check_size(model, network.model, img_size)
+    check_size(model, network, img_size)
     return model
 
 

@@ -81,7 +81,7 @@ def size_kwargs(name: str, img_size: int | None) -> dict[str, Any]:
     return dict(img_size=img_size) if img_size and cfg is not None and cfg.fixed_input_size else {}
 
 
-def check_size(model: Any, name: str, img_size: int | None) -> None:
+def check_size(model: Any, network: NetworkSettings, img_size: int | None) -> None:
     """Looks at one image of the size, for most networks find out only then that they can't.
 
     Raises:
@@ -89,8 +89,8 @@ def check_size(model: Any, name: str, img_size: int | None) -> None:
     """
     if img_size:
         weight, training = next(model.parameters()), model.training
-        with user_errors(f'--img-size {img_size} does not suit --model {name}'), torch.no_grad():
-            model.eval()(torch.zeros(1, 3, img_size, img_size, device=weight.device, dtype=weight.dtype))
+        with user_errors(f'--img-size {img_size} does not suit --model {network.model}'), torch.no_grad():
+            model.eval()(weight.new_zeros(1, network.channels, img_size, img_size))
         model.train(training)
 
 
@@ -120,7 +120,7 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
     with user_errors(f'--model {network.model}'):
         model: Any = timm.create_model(network.model, pretrained=network.pretrained, num_classes=num_classes,
                                        **kwargs, **dict(size_kwargs(name, img_size), **network.model_kwargs))
-        check_size(model, network.model, img_size)
+        check_size(model, network, img_size)
         if not is_ours and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)
         if depth.grad_checkpointing:

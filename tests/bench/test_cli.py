@@ -11,9 +11,10 @@ from support.commands import refused, run_here
 
 # Each flag of train.py with a value that is neither its default nor that of the recipe.
 VALUES = dict(
-    config='cifar10', dataset='some/data', dataset_config='plain', data_dir='folder', streaming=True,
+    config='cifar10', dataset='some/data', dataset_config='plain', data_dir='folder', fingerprint='abc', streaming=True,
     input_key='picture', target_key='kind', train_split='train+extra', val_split='dev', test_split='held',
-    val_per_class=[3, 4], num_classes=7, img_size=24, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], batch_size=5,
+    val_per_class=[3, 4], val_fraction=0.2, epoch_size=99, num_classes=7, img_size=24, mean=[0.1, 0.2, 0.3],
+    std=[0.4, 0.5, 0.6], batch_size=5,
     validation_batch_size=14, in_memory=False, workers=3, model='sd_resnet20_cifar', pretrained=True,
     model_kwargs=dict(a=1, b=[2], c='x'), amp=True, channels_last=False, drop_path=0.25, drop_path_schedule='uniform',
     drop_path_mode='sample', drop_path_scale='train', grad_checkpointing=True, compile='model',

@@ -173,9 +173,10 @@ FLAGS = ['--no-in-memory', '--streaming', '--val-split', 'test', '--model', 'sd_
          '-b', '4', '--threads', '1', '--no-amp', '-j', '2', '--color-jitter', '0.4']
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_classes(tmp_path_factory.mktemp('data'), classes=2, train=10, test=5)
+@pytest.fixture
+def data(tmp_path):
+    """A folder that `datasets` has never counted."""
+    return write_classes(tmp_path / 'data', classes=2, train=10, test=5)
 
 
 def test_a_stream_of_unknown_length_needs_the_size_of_an_epoch(data, tmp_path):
