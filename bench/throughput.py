@@ -8,6 +8,7 @@
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
     python bench/throughput.py --host --rounds 200                    # Python and autograd of a block's gate
+    python bench/throughput.py --reading --images 20000               # opening and reading large images, beside timm's
     python bench/throughput.py --prefix --timm-train train.py --model resnet50    # timm's train.py, with our prefix
 
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
@@ -34,8 +35,11 @@ from timing.end_to_end import EndToEndSettings
 from timing.host import host_costs
 from timing.plots import save_ratios, save_sweep
 from timing.prefix import measure_prefix
+from timing.reading import ReadingSettings, measure_reading, print_reading
 from timing.rows import flat, measure, measure_epochs, measure_sweep
 from timing.verify import describe, is_right, verify
+
+KINDS = ('sweep', 'profile', 'end_to_end', 'host', 'verify', 'prefix', 'reading')
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class MeasurementSettings:
     verify: bool = flag(False, 'whether recorded steps compute what eager ones do, and eager ones what they did, in '
                                'fp32 and bf16 and with both scales')
     prefix: bool = flag(False, "timm's train.py with python -m timm_sd in front and without, on the CPU")
+    reading: bool = flag(False, "how fast large images are opened and read, beside timm's loader")
     output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
 
@@ -119,9 +124,10 @@ def check(contestants: ContestantSettings, what: MeasurementSettings, end_to_end
         registered_name(name)
         if what.sweep and not has_stages(name):
             raise UserError(f'--model {name} is none of the sd_resnet*_cifar, which --sweep goes over')
-    if what.sweep + what.profile + what.end_to_end + what.host + what.verify + what.prefix > 1:
-        raise UserError('--sweep, --profile, --end-to-end, --host, --verify and --prefix do different things; give one')
-    if contestants.cuda_graphs and (what.sweep or what.end_to_end or what.host or what.prefix):
+    kinds = [f'--{kind.replace("_", "-")}' for kind in KINDS if getattr(what, kind)]
+    if len(kinds) > 1:
+        raise UserError(f'{" and ".join(kinds)} do different things; give one')
+    if contestants.cuda_graphs and not {*kinds} <= {'--profile', '--verify'}:
         raise UserError('--cuda-graphs goes with the table of steps, --profile and --verify; leave it out')
     if what.prefix and end_to_end.timm_train is None:
         raise UserError("--prefix runs timm's train.py; say with --timm-train where it is")
@@ -140,7 +146,7 @@ def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machi
         key: flags[key] and Path(flags[key]).name for key in ('timm_train', 'data_dir')})
     write_json(prefix.with_suffix('.json'), dict(rows=rows, args=args, hardware=machine, versions=versions()))
     write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
-    if flags['host'] or flags['prefix'] or flags['verify']:
+    if flags['host'] or flags['prefix'] or flags['verify'] or flags['reading']:
         return
     (save_sweep if flags['sweep'] else save_ratios)(rows, prefix.with_suffix('.png'))
 
@@ -148,7 +154,7 @@ def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machi
 def main() -> None:
     """Measures, prints a table and writes JSON, CSV and a picture."""
     parser = Parser('Times stochastic depth against constant depth.')
-    add_flags(parser, ContestantSettings, StepSettings, EndToEndSettings, MeasurementSettings)
+    add_flags(parser, ContestantSettings, StepSettings, EndToEndSettings, ReadingSettings, MeasurementSettings)
     flags = parser.parse_args()
     contestants, steps = make_settings(ContestantSettings, flags), make_settings(StepSettings, flags)
     end_to_end, what = make_settings(EndToEndSettings, flags), make_settings(MeasurementSettings, flags)
@@ -173,6 +179,9 @@ def main() -> None:
                 for row in verify(name, variant, steps.batch_size)]
     elif what.host:
         rows = host_costs(steps.rounds)
+    elif what.reading:
+        rows = measure_reading(end_to_end.images, end_to_end.data_dir, steps.batch_size, steps.rounds,
+                               make_settings(ReadingSettings, flags))
     elif what.prefix:
         rows = [row for name in contestants.model for row in measure_prefix(
             name, contestants.drop_path, contestants.drop_path_schedule, contestants.drop_path_scale, steps.batch_size,
@@ -189,6 +198,8 @@ def main() -> None:
     elif what.host:
         for row in rows:
             print('{name:40}{median:7.1f} us   {q1:.1f} to {q3:.1f}'.format(**row, **row['microseconds']))
+    elif what.reading:
+        print_reading(rows)
     elif what.prefix:
         for row in rows:
             print('{model:32}{drop_path:5}{timm_images_per_second:9.1f} images/s {images_per_second:9.1f}   '

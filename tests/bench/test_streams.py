@@ -39,8 +39,8 @@ def small_blocks(monkeypatch):
 
 def noisy(picture):
     """A transform that draws: the picture's number, and a number of each generator that timm's transforms use."""
-    return np.stack([np.asarray(picture)[0, 0, 0], random.randrange(256), torch.randint(256, ()).item()]).astype(
-        np.uint8).reshape(3, 1, 1)
+    return torch.tensor([int(np.asarray(picture)[0, 0, 0]), random.randrange(256), torch.randint(256, ()).item()],
+                        dtype=torch.uint8).view(3, 1, 1)
 
 
 def stream(folder, images=24, size=4, workers=2, train=True, **kwargs):

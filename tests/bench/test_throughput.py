@@ -119,7 +119,7 @@ def test_kernels_are_what_ran_on_a_gpu():
     (['--drop-path', '0'], ['--drop-path 0']),
     (['--end-to-end', '--timm-train', 'nowhere.py'], ['nowhere.py']),
     (['--prefix'], ['--timm-train']),
-    (['--prefix', '--host'], ['--prefix do different things']),
+    (['--prefix', '--host'], ['--host and --prefix do different things']),
     (['--cuda-graphs', '--host'], ['--cuda-graphs goes with']),
     (['--cuda-graphs', '--model', 'resnet18'], ['--cuda-graphs can not record ResNet']),
     (['--output', '/proc/nowhere/out'], ['--output', '/proc/nowhere']),  # before it has measured anything

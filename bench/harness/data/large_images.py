@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, get_worker_info
 
 from harness.data.batches import Batches
@@ -21,7 +21,7 @@ from harness.data.columns import Split
 from harness.data.decoding import decode, name_image
 from harness.errors import RankError, UserError
 
-Transform = Callable[[Image.Image], np.ndarray]
+Transform = Callable[[Image.Image], torch.Tensor]
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def seeded(seed: int) -> Iterator[None]:
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if is_main else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a tenth of a decoding, for other devices
     try:
         yield
     finally:
@@ -57,7 +57,7 @@ class ReadImage:
     where: str
     channels: int = 3
 
-    def __call__(self, encoded: dict[str, Any] | None, row: int, seed: int | None) -> np.ndarray:
+    def __call__(self, encoded: dict[str, Any] | None, row: int, seed: int | None) -> torch.Tensor:
         """The image of one row, (C, H, W) uint8; a seed decides its augmentation."""
         picture = decode(encoded, f'{self.where}: {name_image(encoded, row)}', self.channels)
         if seed is None:
@@ -92,11 +92,16 @@ class _Reader:
     labels: np.ndarray
     read: ReadImage
 
-    def __getitems__(self, places: Sequence[tuple[int, int | None]]) -> list[tuple[np.ndarray, int]]:
+    def __getitems__(self, places: Sequence[tuple[int, int | None]]) -> list[tuple[torch.Tensor, int]]:
         numbers = [int(self.numbers[place]) for place, _ in places]
         encoded = self.rows[numbers]['image']
         return [(self.read(image, number, seed), int(self.labels[place]))
                 for image, number, (place, seed) in zip(encoded, numbers, places, strict=True)]
+
+
+def collate(rows: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (C, H, W) uint8 and labels as a batch (B, C, H, W)."""
+    return torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
 
 
 class Normalised(PrefetchLoader):
@@ -139,7 +144,7 @@ class LoaderBatches(Batches):
         self.plan: list[list[tuple[int, int | None]]] = []  # of each batch: the places of its images, and their seeds
         reader: Any = _Reader(data.split.rows, data.numbers.numpy(), data.labels.numpy(), read)
         self.loader = Normalised(
-            DataLoader(reader, batch_sampler=self.plan, collate_fn=fast_collate, **loader_options(workers, device)),
+            DataLoader(reader, batch_sampler=self.plan, collate_fn=collate, **loader_options(workers, device)),
             self.mean, self.std, device)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:

@@ -14,12 +14,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from harness.data.batches import Batches
 from harness.data.columns import Split
-from harness.data.large_images import Normalised, ReadImage, loader_options, read_errors
+from harness.data.large_images import Normalised, ReadImage, collate, loader_options, read_errors
 from harness.errors import UserError
 
 BLOCK = 1000  # encoded images that a worker holds, and shuffles
@@ -77,7 +76,7 @@ class ImageStream(IterableDataset):
         while batch := list(islice(rows, self.batch_size)):
             if self.seed is not None and len(batch) < self.batch_size:
                 return
-            yield (*fast_collate([(image, label) for image, label, _ in batch]), worker, batch[-1][2])
+            yield (*collate([(image, label) for image, label, _ in batch]), worker, batch[-1][2])
 
     def _rows(self, slot: int, slots: int, place: Place) -> Iterator[tuple[Any, int, Place]]:
         """The images of one slot from a place on, their labels, and the place behind each."""

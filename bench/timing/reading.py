@@ -1,0 +1,205 @@
+"""How long a data set of large images takes to open, how fast it is read, and the memory that takes, beside timm's.
+
+Both decode the same JPEGs of 224 px and run timm's transforms of training on them, without a network behind. A pass
+over all images counts with its start; workers are there already, as from the second epoch of a training on (those of
+a stream are not).
+"""
+import gc
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import psutil
+from accelerate import Accelerator
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader
+from tqdm import tqdm
+
+from harness.cli import flag, positive_int
+from harness.data.columns import open_split
+from harness.data.sources import SourceSettings, open_data
+from harness.data.splits import AugmentationSettings, ImageSettings, load_images, make_batches
+from harness.errors import UserError
+from timing.rows import spread
+
+SIZE = (3, 224, 224)
+CFG: dict[str, Any] = dict(input_size=SIZE, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+                           interpolation='bilinear', crop_pct=0.95, crop_mode='center')
+SHARDS = 8
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """Reading."""
+    workers: int = flag(2, 'processes that read', short='-j', type=positive_int)
+    memory_workers: list[int] = flag([0, 2, 8], 'whose memory is measured', type=int, nargs='*', metavar='WORKERS')
+
+
+def _encoded(data_dir: str | None) -> list[bytes]:
+    """JPEGs of a local data set's training split, or generated ones of about 30 KiB."""
+    if data_dir:
+        source = SourceSettings(data_dir=data_dir)
+        rows: Any = open_split(open_data(source, Accelerator()), source, 'train').rows
+        return [image['bytes'] or Path(image['path']).read_bytes() for image in rows['image']]
+    found, generator = [], np.random.default_rng(0)
+    for _ in range(200):
+        smooth = Image.fromarray(generator.integers(0, 256, (56, 56, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        smooth.resize(SIZE[1:], Image.Resampling.BICUBIC).save(buffer, 'JPEG')
+        found.append(buffer.getvalue())
+    return found
+
+
+def write_images(folder: Path, images: int, data_dir: str | None) -> None:
+    """The same JPEGs as class folders, pictures/train/CLASS/*.jpg, and as parquet/train-*.parquet."""
+    encoded = _encoded(data_dir)
+    for number in range(images):
+        file = folder / 'pictures' / 'train' / f'class {number % CLASSES}' / f'{number:06d}.jpg'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded[number % len(encoded)])
+    (folder / 'parquet').mkdir()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=CLASSES))
+    for shard in range(SHARDS):
+        numbers = range(shard * images // SHARDS, (shard + 1) * images // SHARDS)
+        rows = dict(image=[dict(bytes=encoded[number % len(encoded)], path=None) for number in numbers],
+                    label=[number % CLASSES for number in numbers])
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            str(folder / 'parquet' / f'train-{shard:05d}-of-{SHARDS:05d}.parquet'))
+
+
+def _open_ours(folder: Path, streaming: bool, images: int) -> Callable[[int, int], Iterable[Any]]:
+    """Opens a folder as train.py does; gives what makes batches of it, from their size and the workers."""
+    accelerator, source = Accelerator(), SourceSettings(data_dir=str(folder), streaming=streaming)
+    data = open_data(source, accelerator)
+    split = load_images(data, source, 'train', ImageSettings(in_memory=False), channels=3, progress=False)
+
+    def batches(size: int, workers: int) -> Iterable[Any]:
+        return make_batches(split, ImageSettings(batch_size=size, workers=workers), CFG, accelerator,
+                            AugmentationSettings(), epoch_size=images if streaming else None)
+    return batches
+
+
+def _open_timms(name: str, folder: Path) -> Callable[[int, int], Iterable[Any]]:
+    """Likewise, as timm's train.py does."""
+    data = create_dataset(name, root=str(folder), split='train', input_key='image' if name else None,
+                          target_key='label' if name else None)
+
+    def batches(size: int, workers: int) -> Iterable[Any]:
+        return create_loader(
+            data, SIZE, size, is_training=True, num_workers=workers, device=Accelerator().device,
+            mean=CFG['mean'], std=CFG['std'], interpolation=CFG['interpolation'], scale=(0.08, 1.), color_jitter=0.4,
+            persistent_workers=workers > 0)
+    return batches
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _read(batches: Iterable[Any]) -> None:
+    for _ in batches:
+        pass
+
+
+def _memory() -> float:
+    """MiB of this process and its children; what several share is divided among them."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes) / 2**20
+
+
+def _peak_memory(batches: Iterable[Any], count: int) -> float:
+    """By how many MiB the processes grow at most while they read."""
+    before, peak = _memory(), 0.
+    for number, _ in enumerate(islice(batches, count)):
+        if number % 4 == 0:
+            peak = max(peak, _memory())
+    return max(peak, _memory()) - before
+
+
+@contextmanager
+def _own_cache(folder: Path) -> Iterator[None]:
+    """Within it `datasets` prepares files in `folder`, so that the first opening finds nothing prepared."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+
+
+def measure_reading(images: int, data_dir: str | None, batch_size: int, rounds: int,
+                    settings: ReadingSettings) -> list[dict[str, Any]]:
+    """Opens and reads the same images from a folder, from parquet files and from a stream of these, in turns.
+
+    Args:
+        images: How many.
+        data_dir: Data set whose JPEGs are taken, again and again; without it they are generated.
+        batch_size: Images a batch.
+        rounds: Turns of each contestant.
+        settings: See `ReadingSettings`.
+
+    Returns:
+        A row for each source and project: seconds to open it the first time and again, images a second, and MiB by
+        the number of workers; `ratio` is ours by timm's images a second, within a round.
+    """
+    if images < batch_size:
+        raise UserError(f'--images {images} make no batch of -b {batch_size}')
+    with tempfile.TemporaryDirectory() as scratch, _own_cache(Path(scratch, 'cache')):
+        folder = Path(scratch)
+        write_images(folder, images, data_dir)
+        pictures, parquet = folder / 'pictures', folder / 'parquet'
+        contestants: dict[tuple[str, str], Callable[[], Callable[[int, int], Iterable[Any]]]] = {
+            ('folder', 'timm_sd'): partial(_open_ours, pictures, False, images),
+            ('folder', 'timm'): partial(_open_timms, '', pictures),
+            ('parquet', 'timm_sd'): partial(_open_ours, parquet, False, images),
+            ('parquet', 'timm'): partial(_open_timms, f'hfds/{parquet}', parquet),
+            ('stream', 'timm_sd'): partial(_open_ours, parquet, True, images)}
+        first = {key: _seconds(run) for key, run in contestants.items()}
+        loaders = {key: run()(batch_size, settings.workers) for key, run in contestants.items() if key[0] != 'stream'}
+        for batches in loaders.values():  # starts the workers
+            _read(batches)
+        again: dict[Any, list[float]] = {key: [] for key in contestants}
+        speeds: dict[Any, list[float]] = {key: [] for key in contestants}
+        for _ in tqdm(range(rounds), desc='rounds', leave=False):
+            for key, run in contestants.items():
+                again[key].append(_seconds(run))
+                # The workers of a stream read ahead into its next pass: new ones each time have no start.
+                batches = run()(batch_size, settings.workers) if key[0] == 'stream' else loaders[key]
+                speeds[key].append(images // batch_size * batch_size / _seconds(partial(_read, batches)))
+        del batches
+        loaders.clear()  # ends their workers
+        memory: dict[Any, dict[int, float]] = {key: {} for key in contestants}
+        for key, run in contestants.items():
+            for workers in settings.memory_workers:
+                gc.collect()
+                memory[key][workers] = round(_peak_memory(run()(batch_size, workers), images // batch_size))
+    return [dict(
+        source=source, project=project, images=images, batch_size=batch_size, workers=settings.workers,
+        first_start_seconds=round(first[source, project], 3), start_seconds=spread(again[source, project]),
+        images_per_second=spread(speeds[source, project]), mib=memory[source, project],
+        ratio=spread([ours / theirs for ours, theirs in zip(
+            speeds[source, project], speeds.get((source, 'timm'), speeds['folder', 'timm']), strict=True)]))
+        for source, project in contestants]
+
+
+def print_reading(rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
+    print(f'{"source":10}{"project":10}{"first start":>12}{"start":>9}{"images/s":>10}{"of timm":>9}   '
+          f'{"quartiles":16}MiB')
+    for row in rows:
+        print('{source:10}{project:10}{first_start_seconds:12.2f}{start[median]:9.3f}{speed[median]:10.1f}'
+              '{ratio[median]:9.3f}   {ratio[q1]:.3f} to {ratio[q3]:.3f}  {memory}'.format(
+                  **row, start=row['start_seconds'], speed=row['images_per_second'],
+                  memory=', '.join(f'{mib:.0f} with {workers}' for workers, mib in row['mib'].items())))
