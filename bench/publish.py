@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import timm_sd
-from harness.card import DATASETS, Comparison, full_name, method_of
+from harness.card import DATASETS, Comparison, dataset_of, full_name, method_of
 from harness.cli import Parser, add_flags, flag, make_settings, run_script
 from harness.errors import UserError
 from harness.files import write_atomic
 from harness.paths import CARDS, RESULTS
+from harness.recipes import read_recipe
 from harness.repository import UploadSettings, read_run, upload, write_card_folder, write_repository
 from paper import numbers
 from timing.contestants import Variant
@@ -38,8 +39,12 @@ def compare(results: dict[str, Any]) -> Comparison:
     """The paper's figures for a run, and the saving that was measured for its network."""
     name = full_name(results)
     mode, schedule, scale = method_of(results)
+    # A recipe on other data is not the paper's, whatever its name says.
+    recipe, epochs = results['recipe'], numbers.EPOCHS.get(results['recipe'])
+    if epochs is not None and read_recipe(recipe)['dataset'] != dataset_of(results):
+        epochs = None
     saving = find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale))
-    return Comparison(numbers.error_of(name), numbers.EPOCHS.get(results['recipe']), saving)
+    return Comparison(numbers.error_of(name), epochs, saving)
 
 
 def bundle(run_folder: Path) -> None:
@@ -48,6 +53,9 @@ def bundle(run_folder: Path) -> None:
     name = full_name(results)
     if name.partition('.')[2] not in DATASETS:
         raise UserError(f'the package holds no {name}, only the tags {", ".join(DATASETS)}; publish it with --repo')
+    if 'fingerprint' in results['changed_from_recipe'] and 'folder' in results['data']:
+        raise UserError(f'{run_folder} is of {results["dataset"]} by its own --fingerprint alone, not by the '
+                        "recipe's; publish it with --repo")
     write_card_folder(run_folder, results, compare(results), CARDS / name)
     write_atomic(PRETRAINED / f'{name}.safetensors', (run_folder / 'model.safetensors').read_bytes())
     print(f'bundled {name}: test error {results["test_best"]["top1_err"]} %')

@@ -4,6 +4,7 @@ Without arguments it runs the recipe `quickstart`, on data that scikit-learn shi
 """
 import json
 import sys
+import textwrap
 from dataclasses import replace
 
 import torch
@@ -54,7 +55,7 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
 
 
 def header(trainer: Trainer, flags: TrainFlags) -> str:
-    """One line: device, precision, processes, network, data, gates."""
+    """Two lines: device, precision, processes, network, data, gates; and the classes."""
     gates, rate, network = trainer.gates, last_drop_rate(trainer, flags), flags.network
     if rate == 0:
         depth = 'constant depth'
@@ -62,13 +63,15 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
         depth = f"p_L {1 - rate:g}, timm's DropPath"
     else:
         depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'
+    names = trainer.data.class_names
     sizes = '/'.join(str(batches.images or '?') for batches in trainer.batches.values())
     return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), {"bf16" if network.amp else "fp32"}'
             f'{", channels_last" if network.channels_last else ""}'
             f'{", CUDA graphs" if flags.training.cuda_graphs else ""} | '
             f'{describe_processes(trainer.accelerator)} x batch {flags.images.batch_size} | {network.model}'
             f'{f" (compiled {flags.depth.compile})" if flags.depth.compile else ""} | '
-            f'{flags.source.name} {sizes} train/val/test | {depth} | {trainer.folder.path}')
+            f'{flags.source.name} {sizes} train/val/test | {depth} | {trainer.folder.path}\n'
+            + textwrap.shorten(f'{len(names)} classes: {", ".join(names)}', 120, placeholder=' ...'))
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ import torch
 from timm.data import resolve_data_config
 
 from harness.cli import Parser, add_flags, make_settings, run_script
-from harness.data.columns import open_split
+from harness.data.columns import open_split, rename_classes
+from harness.data.settings import ImageSettings
 from harness.data.sources import SourceSettings, open_data
-from harness.data.splits import ImageSettings, check_classes, load_images, make_batches
+from harness.data.splits import check_classes, load_images, make_batches
 from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv
@@ -102,17 +103,19 @@ def main() -> None:
     images, network = make_settings(ImageSettings, flags), make_settings(NetworkSettings, flags)
     source = make_settings(SourceSettings, flags)
     data = open_data(source, accelerator)
-    classes = open_split(data, source, flags.split).class_names
-    check_classes(images, len(classes))
-    model = load_network(network, flags.checkpoint, len(names or classes),
+    split = open_split(data, source, flags.split)
+    classes = len(split.class_names)
+    check_classes(images, classes)
+    model = load_network(network, flags.checkpoint, len(names or split.class_names),
                          images.img_size).to(accelerator.device)
     names = names or label_names(model)
-    if names is None and model.num_classes != len(classes):
-        raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {len(classes)}; '
+    if names is not None:
+        split = rename_classes(split, names, flags.checkpoint or flags.model)
+    elif model.num_classes != classes:
+        raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {classes}; '
                         'choose the data with --dataset, --data-dir and --target-key')
-    loaded = load_images(data, source, flags.split, images, network.channels,
-                         progress=accelerator.is_main_process and sys.stderr.isatty(), class_names=names,
-                         whose=flags.checkpoint or flags.model)
+    loaded = load_images(split, images, network.channels,
+                         progress=accelerator.is_main_process and sys.stderr.isatty())
     if network.channels_last:
         model = model.to(memory_format=torch.channels_last)
     # As timm's script: registered weights are evaluated at their test size, a checkpoint at train.py's.

@@ -39,7 +39,8 @@ def full_name(results: dict[str, Any]) -> str:
     cfg: Any = timm.get_pretrained_cfg(results['model'])
     if DATASETS.get(cfg.tag) == dataset_of(results):
         return f'{cfg.architecture}.{cfg.tag}'
-    return f'{cfg.architecture}.sd_{dataset_of(results).rpartition("/")[2].lower()}'
+    words = re.sub(r'[^\w-]', '_', dataset_of(results).rpartition('/')[2].lower())
+    return f'{cfg.architecture}.sd_{words}'
 
 
 def plain_kwargs(results: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +76,11 @@ def classes_and_size(results: dict[str, Any]) -> tuple[int, int]:
     return len(results.get('label_names', ())) or cfg.num_classes, results['args']['img_size'] or cfg.input_size[-1]
 
 
+def channels_of(results: dict[str, Any]) -> int:
+    """3, or 1 of a network for grey images."""
+    return results['args']['model_kwargs'].get('in_chans', 3)
+
+
 def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None = None) -> str:
     """The model card of a run.
 
@@ -92,12 +98,12 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
         tags=['image-classification', 'timm', 'stochastic-depth'], datasets=hub_dataset and [hub_dataset],
         metrics=['accuracy'], eval_results=[EvalResult(
             task_type='image-classification', dataset_type=dataset, dataset_name=dataset,
-            dataset_split=results['args']['test_split'], metric_type='accuracy',
+            dataset_split=results.get('test_split', results['args']['test_split']), metric_type='accuracy',
             metric_value=round(100 - results['test_best']['top1_err'], 2), metric_name='Top-1 accuracy (%)')])
     return str(ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
         dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size, paper=comparison.paper_error,
         paper_epochs=comparison.paper_epochs, saving=comparison.saving, repo=repo,
         is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
-        maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, 3, size, size))),
+        maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, channels_of(results), size, size))),
         width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from harness.cli import Parser, add_flags, flag, make_settings
+from harness.data.settings import AugmentationSettings, ImageSettings, SplitSettings
 from harness.data.sources import SourceSettings
-from harness.data.splits import AugmentationSettings, ImageSettings, SplitSettings
 from harness.errors import UserError, nearest
 from harness.files import read_mapping
 from harness.launch import LaunchSettings

@@ -16,6 +16,7 @@ import timm_sd
 from harness.card import (
     Comparison,
     architecture,
+    channels_of,
     classes_and_size,
     full_name,
     make_card,
@@ -43,7 +44,8 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     """The results of a finished run that may be made public.
 
     Raises:
-        UserError: If it isn't finished and whole, or was not trained with whole blocks dropped.
+        UserError: If it isn't finished and whole, doesn't say what its data was, or was not trained with whole blocks
+            dropped.
     """
     run = RunFolder(run_folder)
     results = run.read_results()
@@ -53,6 +55,9 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     for name in ('model.safetensors', 'curves.png'):
         if not (run_folder / name).is_file():
             raise UserError(f'{run_folder} is no whole run: it has no {name}')
+    if 'data' not in results:
+        raise UserError(f'{run_folder} does not say what its data was: an older version wrote it, which guessed; '
+                        'train it again')
     results['model'] = registered_name(results['model'])  # it may be hf-hub:ORG/NAME
     if results['blocks'] is None or method_of(results)[0] != 'batch':
         raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')
@@ -108,7 +113,7 @@ def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comp
     with tempfile.TemporaryDirectory() as scratch:  # it writes the random weights of `model` too
         save_for_hf(model, scratch, safe_serialization=True, model_config=dict(
             labels, **method_config(results), pretrained_cfg=dict(
-                given, tag=name.partition('.')[2], license='apache-2.0', input_size=(3, size, size),
+                given, tag=name.partition('.')[2], license='apache-2.0', input_size=(channels_of(results), size, size),
                 paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
                 test_input_size=None, test_crop_pct=None)))
         config = json.loads(Path(scratch, 'config.json').read_text())

@@ -1,14 +1,14 @@
 """The end of a run: its weights are tested, and the run folder gets what others read of it."""
 import statistics
-from pathlib import Path
 from typing import Any
 
 import timm_sd
 from harness.machine import versions
+from harness.network import registered_name
 from harness.pictures import Mistakes, save_mistakes
 from harness.plots import save_curves
 from harness.recipes import TrainFlags, changed_from_recipe
-from harness.run_folder import RunFolder
+from harness.run_folder import RunFolder, public_flags
 from harness.training import Trainer
 
 
@@ -19,10 +19,13 @@ def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:
 
 def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     """Where the weights come from: network, recipe, data."""
+    name, record = flags.network.model, trainer.data.record
+    public = public_flags(flags.record, record)  # the weights tell it too, and they go everywhere
     return dict(
-        model=flags.network.model, recipe=Path(flags.recipe.config).stem,
-        changed_from_recipe=changed_from_recipe(flags.record), seed=flags.training.seed, epochs=trainer.epochs,
-        images={name: batches.images for name, batches in trainer.batches.items()}, **trainer.data.record)
+        model=registered_name(name) if name.startswith('local-dir:') else name, recipe=public['config'],
+        changed_from_recipe={key: public[key] for key in changed_from_recipe(flags.record)},
+        seed=flags.training.seed, epochs=trainer.epochs,
+        images={name: batches.images for name, batches in trainer.batches.items()}, **record)
 
 
 def method(gates: timm_sd.DepthGates | None) -> dict[str, Any]:

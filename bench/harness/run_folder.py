@@ -307,6 +307,21 @@ def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator
     return found[0]
 
 
+def public_flags(flags: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run for others to see: without the paths of this machine.
+
+    Args:
+        flags: All, by name.
+        given: `dataset` and `data` of its results; older ones lack `data`.
+    """
+    public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
+    if 'folder' in given.get('data', {}) and not flags['data_dir']:
+        public['dataset'] = given['dataset']  # --dataset FOLDER
+    if flags['model'].startswith('local-dir:'):
+        public['model'] = f'local-dir:{Path(flags["model"]).name}'
+    return public
+
+
 def without_paths(results: dict[str, Any]) -> dict[str, Any]:
-    """results.json for others to see: without the paths of this machine."""
-    return dict(results, args=dict(results['args'], data_dir=None, output=None, resume=None))
+    """results.json for others to see."""
+    return dict(results, args=public_flags(results['args'], results))

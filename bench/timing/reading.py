@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from harness.cli import flag, positive_int
 from harness.data.columns import open_split
+from harness.data.settings import AugmentationSettings, ImageSettings
 from harness.data.sources import SourceSettings, open_data
-from harness.data.splits import AugmentationSettings, ImageSettings, load_images, make_batches
+from harness.data.splits import load_images, make_batches
 from harness.errors import UserError
 from timing.rows import spread
 
@@ -80,8 +81,8 @@ def write_images(folder: Path, images: int, data_dir: str | None) -> None:
 def _open_ours(folder: Path, streaming: bool, images: int) -> Callable[[int, int], Iterable[Any]]:
     """Opens a folder as train.py does; gives what makes batches of it, from their size and the workers."""
     accelerator, source = Accelerator(), SourceSettings(data_dir=str(folder), streaming=streaming)
-    data = open_data(source, accelerator)
-    split = load_images(data, source, 'train', ImageSettings(in_memory=False), channels=3, progress=False)
+    split = load_images(open_split(open_data(source, accelerator), source, 'train'), ImageSettings(in_memory=False),
+                        channels=3, progress=False)
 
     def batches(size: int, workers: int) -> Iterable[Any]:
         return make_batches(split, ImageSettings(batch_size=size, workers=workers), CFG, accelerator,

@@ -4,8 +4,9 @@ import torch
 from accelerate import Accelerator
 
 from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set, random_crop_flip
+from harness.data.settings import ImageSettings, SplitSettings
 from harness.data.sources import SourceSettings
-from harness.data.splits import ImageSettings, SplitSettings, hold_out, load_splits
+from harness.data.splits import hold_out, load_splits
 from harness.errors import UserError
 from support.data import image_set, opened, write_classes, write_parquet
 from support.networks import CountOps

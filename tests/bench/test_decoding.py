@@ -94,3 +94,9 @@ def test_what_is_no_picture_is_one_line(name):
     with pytest.raises(UserError, match=words) as error:
         decode(content, 'it')
     assert '\n' not in str(error.value)
+
+
+def test_images_with_an_address_are_opened(tmp_path):
+    """As those of a stream of pictures from the Hub are."""
+    (tmp_path / 'a.png').write_bytes(GOOD)
+    assert decode(dict(bytes=None, path=f'file://{tmp_path}/a.png'), 'it').size == (64, 64)

@@ -96,7 +96,7 @@ def _encode(values: list[Any], key: str, where: str) -> tuple[list[int | None], 
     found = sorted(set(values) - {None})
     if 2 * len(found) > max(len(values), 4):
         raise UserError(f'{where}: column {key!r} holds {len(found)} different values in {len(values)} rows, which are '
-                        'no classes; choose another with --target-key')
+                        'no classes; choose another with --target-key, or make it a ClassLabel')
     labels = {value: label for label, value in enumerate(found)}
     return [labels.get(value) for value in values], [str(value) for value in found]
 

@@ -1,7 +1,8 @@
 """From an encoded image to a picture of the channels asked for, or one line that says why there is none."""
 import io
-from typing import Any
+from typing import Any, BinaryIO
 
+import fsspec
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -26,7 +27,7 @@ def decode(encoded: dict[str, Any] | None, where: str, channels: int = 3) -> Ima
     if encoded is None or not (encoded['bytes'] or encoded['path']):
         raise UserError(f'{where} is missing; remove its row')
     try:
-        with Image.open(io.BytesIO(encoded['bytes']) if encoded['bytes'] else encoded['path']) as picture:
+        with _open(encoded) as file, Image.open(file) as picture:
             return _to_8_bits(picture, where).convert(MODES[channels])
     except UserError:
         raise
@@ -37,6 +38,14 @@ def decode(encoded: dict[str, Any] | None, where: str, channels: int = 3) -> Ima
         raise UserError(f'{where} is damaged (no picture that Pillow knows); remove or mend it') from error
     except Exception as error:  # Pillow's readers raise many kinds on a damaged file
         raise UserError(f'{where} is damaged ({one_line(error, 120)}); remove or mend it') from error
+
+
+def _open(encoded: dict[str, Any]) -> BinaryIO:
+    """The file of an encoded image; that of a stream may have an address, such as hf://."""
+    if encoded['bytes']:
+        return io.BytesIO(encoded['bytes'])
+    path = encoded['path']
+    return fsspec.open(path).open() if '://' in path else open(path, 'rb')
 
 
 def name_image(encoded: dict[str, Any] | None, row: int) -> str:

@@ -37,14 +37,17 @@ def fingerprint(root: Path, paths: Iterable[str]) -> str:
     """A digest of the names and sizes of files.
 
     Raises:
-        UserError: If one can't be looked at, such as a link to nothing.
+        UserError: If one can't be looked at, such as a link to nothing, or has a name that is no text.
     """
     digest = hashlib.sha256()
     try:
         for path in sorted(paths):
-            digest.update(f'{path}\t{os.path.getsize(root / path)}\n'.encode(errors='surrogateescape'))
+            size = os.path.getsize(f'{root}/{path}')  # pathlib would take longer than the disk
+            digest.update(f'{path}\t{size}\n'.encode())
     except OSError as error:
         raise UserError(f'{error.filename} can not be read ({error.strerror}); remove it, or bring it back') from error
+    except UnicodeEncodeError as error:
+        raise UserError(f'{root}: the name {error.object!r} is no UTF-8; rename the file or its folder') from error
     return digest.hexdigest()
 
 
@@ -84,6 +87,8 @@ def find_pictures(root: Path) -> tuple[dict[str, Pictures], str] | None:
     Raises:
         UserError: If a class folder is empty, or a picture lies beside the class folders.
     """
+    if any(root.glob('*.parquet')) or any(root.glob('*/*.parquet')):  # the picture of a README is no data
+        return None
     splits: dict[str, Pictures] = {}
     for split, folder in _split_folders(root).items():
         class_names = _subfolders(folder)
@@ -112,7 +117,7 @@ def find_pictures(root: Path) -> tuple[dict[str, Pictures], str] | None:
 
 def as_dataset(root: Path, pictures: Pictures) -> datasets.Dataset:
     """The pictures as a data set with the columns `image`, its files unopened, and `label`."""
-    paths = pa.array([str(root / path) for path in pictures.paths])
+    paths = pa.array([f'{root}/{path}' for path in pictures.paths])
     images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], names=['bytes', 'path'])
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=pictures.class_names))
     return datasets.Dataset(pa.table(dict(image=images, label=pa.array(pictures.labels, pa.int64()))),

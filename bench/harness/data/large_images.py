@@ -108,7 +108,8 @@ class Normalised(PrefetchLoader):
     """timm's loader behind a DataLoader: normalises on the device, on a GPU while the batch before is computed."""
 
     def __init__(self, loader: Any, mean: torch.Tensor, std: torch.Tensor, device: torch.device) -> None:
-        super().__init__(loader, channels=len(mean), device=device)
+        channels = len(mean)
+        super().__init__(loader, (0.,) * channels, (1.,) * channels, channels, device)
         self.mean, self.std = mean, std
 
 

@@ -164,7 +164,7 @@ def open_data(source: SourceSettings, accelerator: Accelerator) -> DataSet:
     where = f'data set {source.name!r}'
     if not source.name:
         raise UserError('neither --dataset nor --data-dir is given')
-    if Path(source.name).is_dir():
+    if Path(source.name).is_dir() and (source.data_dir or source.dataset != 'digits'):
         return _open_folder(source.name, source, where, accelerator)
     name, _, revision = source.name.partition('@')
     if source.data_dir or name.startswith(('.', '/', '~')) or name.count('/') > 1:

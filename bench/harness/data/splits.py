@@ -1,7 +1,6 @@
 """The training, validation and test images that the flags name, and the batches of each, by one of the data paths."""
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import datasets
@@ -9,57 +8,17 @@ import torch
 from accelerate import Accelerator
 from timm.data import create_transform
 
-from harness.cli import finite, flag, non_negative, non_negative_int, positive_int, unit_interval
 from harness.data.batches import Batches
 from harness.data.columns import Split, open_split, rename_classes
 from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set
 from harness.data.large_images import ImageRows, LoaderBatches, ReadImage
+from harness.data.settings import AugmentationSettings, ImageSettings, SplitSettings
 from harness.data.sources import DataSet, SourceSettings, open_data
 from harness.data.streams import StreamBatches
 from harness.errors import UserError
 
 # In memory, in files, or a stream.
 Images = ImageSet | ImageRows | Split
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """Images and batches."""
-    num_classes: int | None = flag(None, 'checked against the data', type=int)
-    img_size: int | None = flag(None, 'side in pixels; images of another size are resized', type=positive_int)
-    mean: list[float] | None = flag(None, "mean of each channel (default: the model's)", type=finite, nargs='+')
-    std: list[float] | None = flag(None, "standard deviation of each channel (default: the model's)", type=finite,
-                                   nargs='+')
-    batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
-    in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
-    workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=non_negative_int)
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """Training, validation and test images."""
-    train_split: str = flag('train', "'+' joins several")
-    val_split: str | None = flag(None, "split to select by (default: held out of the training split); 'auto': the "
-                                       'validation split if there is one')
-    test_split: str = flag('test', "looked at once, at the end; 'auto': the test split if there is one, otherwise the "
-                                   'validation images, and then the last epoch counts')
-    validation_batch_size: int | None = flag(None, 'images a process and step in validation and testing (default: '
-                                                   '--batch-size)', short='-vb', type=positive_int)
-    val_per_class: list[int] = flag([500], 'images of each class held out for validation, one number for each joined '
-                                    'split', type=positive_int, nargs='+')
-    val_fraction: float | None = flag(None, 'share of each class held out instead', type=unit_interval)
-    epoch_size: int | None = flag(None, 'images an epoch, where --streaming does not tell how many there are',
-                                  type=positive_int)
-
-
-@dataclass(frozen=True)
-class AugmentationSettings:
-    """Augmentation."""
-    crop_padding: int = flag(4, 'in memory: zeros around, then a crop', type=non_negative_int)
-    hflip: float = flag(0.5, 'probability of a horizontal flip', type=unit_interval)
-    scale: list[float] = flag([0.08, 1.], 'not in memory: area of a crop', type=unit_interval, nargs=2)
-    color_jitter: float = flag(0.4, 'not in memory: strength', type=non_negative)
-    aa: str | None = flag(None, "not in memory: timm's auto-augment policy, such as rand-m9-mstd0.5")
 
 
 def check_classes(settings: ImageSettings, classes: int) -> None:
@@ -87,31 +46,23 @@ def _mean_and_std(settings: ImageSettings, cfg: dict[str, Any],
     return mean, std
 
 
-def load_images(data: DataSet, source: SourceSettings, split: str, settings: ImageSettings, channels: int,
-                progress: bool, class_names: list[str] | None = None, whose: str = 'training') -> Images:
+def load_images(split: Split, settings: ImageSettings, channels: int, progress: bool) -> Images:
     """One split, decoded where --in-memory says so.
 
     Args:
-        data: The data set.
-        source: Says which columns.
-        split: Its name.
-        settings: How its images are loaded.
+        split: The encoded images.
+        settings: How they are loaded.
         channels: 3, or 1 for grey.
         progress: Show a bar while images are decoded.
-        class_names: Those to count the labels by, if not the split's own.
-        whose: Names them in errors.
 
     Raises:
         UserError: If something in it can't be used.
     """
-    opened = open_split(data, source, split)
-    if class_names is not None:
-        opened = rename_classes(opened, class_names, whose)
     if settings.in_memory:
-        return load_image_set(opened, settings.img_size, channels, progress)
-    if opened.labels is None:
-        return opened
-    return ImageRows(opened, torch.arange(len(opened.labels)), opened.labels)
+        return load_image_set(split, settings.img_size, channels, progress)
+    if split.labels is None:
+        return split
+    return ImageRows(split, torch.arange(len(split.labels)), split.labels)
 
 
 def concatenate(several: Sequence[Any]) -> Images:
@@ -168,7 +119,8 @@ class LoadedData(NamedTuple):
         images: `train`, `val` and `test`.
         class_names: Of the labels.
         selects: Whether the validation images select weights; not where they are the test images.
-        record: What results.json says of it: `dataset`, the name; `data`, where it comes from; and what was `held_out`.
+        record: What results.json says of it: `dataset`, the name; `data`, where it comes from; what was `held_out`; and
+            the `test_split`.
     """
     images: dict[str, Images]
     class_names: list[str]
@@ -197,9 +149,11 @@ def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSe
     loaded: dict[str, Any] = {}
 
     def load(split: str) -> Any:
-        if split not in loaded:  # the first one's names count for all
-            names = next(iter(loaded.values())).class_names if loaded else None
-            loaded[split] = load_images(data, source, split, settings, channels, progress, names)
+        if split not in loaded:
+            opened = open_split(data, source, split)
+            if loaded:  # the first one's names count for all
+                opened = rename_classes(opened, next(iter(loaded.values())).class_names, 'training')
+            loaded[split] = load_images(opened, settings, channels, progress)
         return loaded[split]
 
     val_split = _find(data, splits.val_split, 'validation')
@@ -229,7 +183,8 @@ def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSe
     if 'fingerprint' in origin:
         origin['fingerprint'] = _digest([origin['fingerprint'], *train.class_names])
     return LoadedData(images, train.class_names, selects, dict(
-        dataset=_claim(source, origin), data=origin, held_out=held_out))
+        dataset=_claim(source, origin), data=origin, held_out=held_out,
+        test_split=test_split or val_split or splits.train_split))
 
 
 def _find(data: DataSet, split: str | None, default: str) -> str | None:
@@ -255,7 +210,7 @@ def _divide(joined: Sequence[Any], splits: SplitSettings) -> tuple[Images, Image
 
 
 def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 
 def _claim(source: SourceSettings, origin: dict[str, Any]) -> str:
