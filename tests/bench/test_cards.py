@@ -161,7 +161,7 @@ def test_nothing_was_selected_where_the_test_images_are_the_validation_images():
     results = made_up()
     card = make_card(results, compare(results))
     assert 'the test images were not used for\nany choice' in card
-    results['args'].update(val_split='test', test_split='test')
+    results['held_out'] = 'nothing: the last epoch counts'
     card = make_card(results, compare(results))
     assert 'The last epoch counts' in card
     assert 'not used for\nany choice' not in card

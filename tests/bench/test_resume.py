@@ -171,7 +171,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_begun_or_removed(copy, damag
         args = [*args[:args.index('--output')], '--resume', folder]
     result = run_here('train.py', *args)
     assert (result.returncode, result.stdout) == (2, '')
-    header, said = result.stderr.splitlines()
+    *_, said = result.stderr.splitlines()
     assert said.startswith(f'train.py: error: {folder} has no checkpoint that can be read: ')
     assert 'checkpoint-0003.pt is damaged' in said
     assert 'another --experiment' in said
