@@ -4,15 +4,16 @@ Both decode the same JPEGs of 224 px and run timm's transforms of training on th
 over all images counts with its start; workers are there already, as from the second epoch of a training on (those of
 a stream are not).
 """
-import gc
 import io
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,10 @@ CFG: dict[str, Any] = dict(input_size=SIZE, mean=IMAGENET_DEFAULT_MEAN, std=IMAG
                            interpolation='bilinear', crop_pct=0.95, crop_mode='center')
 SHARDS = 8
 CLASSES = 10
+MEMORY_BATCHES = 40
+
+# Opens a data set; then a batch size and a number of workers make batches of it.
+Open = Callable[[], Callable[[int, int], Iterable[Any]]]
 
 
 @dataclass(frozen=True)
@@ -120,13 +125,13 @@ def _memory() -> float:
     return sum(process.memory_full_info().pss for process in processes) / 2**20
 
 
-def _peak_memory(batches: Iterable[Any], count: int) -> float:
-    """By how many MiB the processes grow at most while they read."""
+def _peak_memory(open_data_set: Open, batch_size: int, workers: int) -> int:
+    """By how many MiB this process and its workers grow at most while they open and read."""
     before, peak = _memory(), 0.
-    for number, _ in enumerate(islice(batches, count)):
+    for number, _ in enumerate(islice(open_data_set()(batch_size, workers), MEMORY_BATCHES)):
         if number % 4 == 0:
             peak = max(peak, _memory())
-    return max(peak, _memory()) - before
+    return round(max(peak, _memory()) - before)
 
 
 @contextmanager
@@ -161,7 +166,7 @@ def measure_reading(images: int, data_dir: str | None, batch_size: int, rounds: 
         folder = Path(scratch)
         write_images(folder, images, data_dir)
         pictures, parquet = folder / 'pictures', folder / 'parquet'
-        contestants: dict[tuple[str, str], Callable[[], Callable[[int, int], Iterable[Any]]]] = {
+        contestants: dict[tuple[str, str], Open] = {
             ('folder', 'timm_sd'): partial(_open_ours, pictures, False, images),
             ('folder', 'timm'): partial(_open_timms, '', pictures),
             ('parquet', 'timm_sd'): partial(_open_ours, parquet, False, images),
@@ -174,18 +179,19 @@ def measure_reading(images: int, data_dir: str | None, batch_size: int, rounds: 
         again: dict[Any, list[float]] = {key: [] for key in contestants}
         speeds: dict[Any, list[float]] = {key: [] for key in contestants}
         for _ in tqdm(range(rounds), desc='rounds', leave=False):
-            for key, run in contestants.items():
+            order = list(contestants)
+            for key in order if len(speeds[order[0]]) % 2 == 0 else order[::-1]:
+                run = contestants[key]
                 again[key].append(_seconds(run))
                 # The workers of a stream read ahead into its next pass: new ones each time have no start.
-                batches = run()(batch_size, settings.workers) if key[0] == 'stream' else loaders[key]
+                batches = loaders[key] if key in loaders else run()(batch_size, settings.workers)
                 speeds[key].append(images // batch_size * batch_size / _seconds(partial(_read, batches)))
-        del batches
-        loaders.clear()  # ends their workers
-        memory: dict[Any, dict[int, float]] = {key: {} for key in contestants}
-        for key, run in contestants.items():
-            for workers in settings.memory_workers:
-                gc.collect()
-                memory[key][workers] = round(_peak_memory(run()(batch_size, workers), images // batch_size))
+                del batches  # ends the workers of a stream
+        loaders.clear()
+        memory: dict[Any, dict[int, int]] = {key: {} for key in contestants}
+        for key, workers in product(contestants, settings.memory_workers):
+            with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # a process that has read nothing yet
+                memory[key][workers] = pool.submit(_peak_memory, contestants[key], batch_size, workers).result()
     return [dict(
         source=source, project=project, images=images, batch_size=batch_size, workers=settings.workers,
         first_start_seconds=round(first[source, project], 3), start_seconds=spread(again[source, project]),
