@@ -77,7 +77,8 @@ def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: 
 def label_names(model: Any) -> list[str] | None:
     """The names of a published network's classes, from its config.json or its weights; None where they don't tell."""
     cfg = model.pretrained_cfg
-    return cfg.get('label_names') or read_metadata(cfg.get('file') or '').get('label_names')
+    names = cfg.get('label_names') or read_metadata(cfg.get('file') or '').get('label_names')
+    return names if isinstance(names, list) else None
 
 
 def main() -> None:

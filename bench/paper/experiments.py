@@ -55,6 +55,10 @@ class Experiment:
         """The data set, and the name of a folder that holds a copy of it."""
         return self.recipe.partition('_')[0]
 
+    def dataset(self, budget: str) -> str:
+        """The data set by its recipe's name."""
+        return read_recipe('quickstart' if budget == 'smoke' else self.recipe)['dataset']
+
     def name(self, budget: str, seed: int) -> str:
         """Of the run folder. Mode, scale, augmentation and learning rate are named where they aren't the paper's."""
         words = [self.recipe, str(self.depth), f'{1 - self.drop_path:g}-{self.schedule}' if self.drop_path else

@@ -81,11 +81,19 @@ class Run(NamedTuple):
         return max(RunFolder(place / self.name).epochs_written() for place in (self.results, self.output))
 
     def copy_results(self) -> None:
-        """Copies what the report reads, if the training is complete."""
+        """Copies what the report reads, if the training is complete.
+
+        Raises:
+            UserError: If it was trained on other data than the paper's: the report would leave it out without a word.
+        """
         folder, copy = self.output / self.name, self.results / self.name
         results = RunFolder(folder).read_results()
         if results is not None:
             RunFolder(folder).read_summary()  # is it whole?
+            expected = self.experiment.dataset(self.budget)
+            if results['dataset'] != expected:
+                raise UserError(f'{folder} was trained on {results["dataset"]!r}, which is no copy of {expected} that '
+                                'the recipe knows; see --fingerprint of train.py, or take the data from the Hub')
             make_folder(copy, '--results')
             write_atomic(copy / 'summary.csv', (folder / 'summary.csv').read_bytes())
             RunFolder(copy).write_results(without_paths(results))  # last: it marks the copy as complete
@@ -210,11 +218,12 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
             for run, job in tqdm(jobs.items(), unit='run', desc=f'{len(runs) - len(left)} of {len(runs)} done before'):
                 try:
                     job.result()
+                    run.copy_results()
+                except UserError as error:
+                    failed.append(f'{run.name}: {error}')
                 except Exception as error:  # a training's, or submitit's
                     log = job.stderr() if settings.cluster else logs[run].read_text() if logs else None
                     failed.append(f'{run.name}: {failure_reason(error, log)}')
-                else:
-                    run.copy_results()
         finally:
             for job in jobs.values():
                 if not job.done():

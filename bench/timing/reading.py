@@ -5,15 +5,15 @@ over all images counts with its start; workers are there already, as from the se
 a stream are not).
 """
 import io
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
-from multiprocessing import get_context
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from harness.data.settings import AugmentationSettings, ImageSettings
 from harness.data.sources import SourceSettings, open_data
 from harness.data.splits import load_images, make_batches
 from harness.errors import UserError
+from harness.paths import BENCH
 from timing.rows import spread
 
 SIZE = (3, 224, 224)
@@ -125,13 +126,34 @@ def _memory() -> float:
     return sum(process.memory_full_info().pss for process in processes) / 2**20
 
 
-def _peak_memory(open_data_set: Open, batch_size: int, workers: int) -> int:
-    """By how many MiB this process and its workers grow at most while they open and read."""
+def _peak_memory(folder: Path, name: str, batch_size: int, workers: int) -> int:
+    """By how many MiB a process and its workers grow at most while they open and read; one that has read nothing yet."""
+    program = f'from timing.reading import grow; grow({str(folder)!r}, {name!r}, {batch_size}, {workers})'
+    result = subprocess.run([sys.executable, '-c', program], cwd=BENCH, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f'--reading can not read {name} with {workers} workers: {result.stderr[-300:]}')
+    return round(float(result.stdout))
+
+
+def grow(folder: str, name: str, batch_size: int, workers: int) -> None:
+    """Reads, and prints by how many MiB this process and its workers grew at most."""
     before, peak = _memory(), 0.
-    for number, _ in enumerate(islice(open_data_set()(batch_size, workers), MEMORY_BATCHES)):
-        if number % 4 == 0:
-            peak = max(peak, _memory())
-    return round(max(peak, _memory()) - before)
+    with _own_cache(Path(folder, 'cache')):
+        batches = contestants(Path(folder), batch_size * MEMORY_BATCHES)[name]()(batch_size, workers)
+        for number, _ in enumerate(islice(batches, MEMORY_BATCHES)):
+            if number % 4 == 0:
+                peak = max(peak, _memory())
+    print(max(peak, _memory()) - before)
+
+
+def contestants(folder: Path, images: int) -> dict[str, Open]:
+    """Who opens and reads what `write_images` wrote."""
+    pictures, parquet = folder / 'pictures', folder / 'parquet'
+    return {'folder, timm_sd': partial(_open_ours, pictures, False, images),
+            'folder, timm': partial(_open_timms, '', pictures),
+            'parquet, timm_sd': partial(_open_ours, parquet, False, images),
+            'parquet, timm': partial(_open_timms, f'hfds/{parquet}', parquet),
+            'stream, timm_sd': partial(_open_ours, parquet, True, images)}
 
 
 @contextmanager
@@ -165,40 +187,32 @@ def measure_reading(images: int, data_dir: str | None, batch_size: int, rounds: 
     with tempfile.TemporaryDirectory() as scratch, _own_cache(Path(scratch, 'cache')):
         folder = Path(scratch)
         write_images(folder, images, data_dir)
-        pictures, parquet = folder / 'pictures', folder / 'parquet'
-        contestants: dict[tuple[str, str], Open] = {
-            ('folder', 'timm_sd'): partial(_open_ours, pictures, False, images),
-            ('folder', 'timm'): partial(_open_timms, '', pictures),
-            ('parquet', 'timm_sd'): partial(_open_ours, parquet, False, images),
-            ('parquet', 'timm'): partial(_open_timms, f'hfds/{parquet}', parquet),
-            ('stream', 'timm_sd'): partial(_open_ours, parquet, True, images)}
-        first = {key: _seconds(run) for key, run in contestants.items()}
-        loaders = {key: run()(batch_size, settings.workers) for key, run in contestants.items() if key[0] != 'stream'}
+        opens = contestants(folder, images)
+        first = {name: _seconds(run) for name, run in opens.items()}
+        memory = {name: {workers: _peak_memory(folder, name, batch_size, workers)
+                         for workers in settings.memory_workers} for name in tqdm(opens, desc='memory', leave=False)}
+        loaders = {name: run()(batch_size, settings.workers) for name, run in opens.items() if 'stream' not in name}
         for batches in loaders.values():  # starts the workers
             _read(batches)
-        again: dict[Any, list[float]] = {key: [] for key in contestants}
-        speeds: dict[Any, list[float]] = {key: [] for key in contestants}
-        for _ in tqdm(range(rounds), desc='rounds', leave=False):
-            order = list(contestants)
-            for key in order if len(speeds[order[0]]) % 2 == 0 else order[::-1]:
-                run = contestants[key]
-                again[key].append(_seconds(run))
+        again: dict[str, list[float]] = {name: [] for name in opens}
+        speeds: dict[str, list[float]] = {name: [] for name in opens}
+        for round_ in tqdm(range(rounds), desc='rounds', leave=False):
+            for name in list(opens)[::1 if round_ % 2 == 0 else -1]:
+                again[name].append(_seconds(opens[name]))
                 # The workers of a stream read ahead into its next pass: new ones each time have no start.
-                batches = loaders[key] if key in loaders else run()(batch_size, settings.workers)
-                speeds[key].append(images // batch_size * batch_size / _seconds(partial(_read, batches)))
+                batches = loaders[name] if name in loaders else opens[name]()(batch_size, settings.workers)
+                speeds[name].append(images // batch_size * batch_size / _seconds(partial(_read, batches)))
                 del batches  # ends the workers of a stream
-        loaders.clear()
-        memory: dict[Any, dict[int, int]] = {key: {} for key in contestants}
-        for key, workers in product(contestants, settings.memory_workers):
-            with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # a process that has read nothing yet
-                memory[key][workers] = pool.submit(_peak_memory, contestants[key], batch_size, workers).result()
-    return [dict(
-        source=source, project=project, images=images, batch_size=batch_size, workers=settings.workers,
-        first_start_seconds=round(first[source, project], 3), start_seconds=spread(again[source, project]),
-        images_per_second=spread(speeds[source, project]), mib=memory[source, project],
-        ratio=spread([ours / theirs for ours, theirs in zip(
-            speeds[source, project], speeds.get((source, 'timm'), speeds['folder', 'timm']), strict=True)]))
-        for source, project in contestants]
+    rows = []
+    for name in opens:
+        source, project = name.split(', ')
+        theirs = speeds.get(f'{source}, timm', speeds['folder, timm'])
+        rows.append(dict(
+            source=source, project=project, images=images, batch_size=batch_size, workers=settings.workers,
+            first_start_seconds=round(first[name], 3), start_seconds=spread(again[name]),
+            images_per_second=spread(speeds[name]), mib=memory[name],
+            ratio=spread([our / their for our, their in zip(speeds[name], theirs, strict=True)])))
+    return rows
 
 
 def print_reading(rows: list[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """Data sets of the Hub, and the tools against it in processes of their own."""
 import json
+import subprocess
 import types
 
 import datasets
@@ -10,8 +11,9 @@ from accelerate import Accelerator
 
 from harness.data.sources import SourceSettings, open_data
 from harness.errors import UserError
-from support.commands import SMALL, bench, refused, run_here
-from support.data import write_parquet
+from support.commands import SMALL, assert_same_run, bench, command, read_results, refused, run_here
+from support.data import write_classes, write_parquet
+from support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +126,35 @@ def test_trains_from_the_hub_as_from_its_stream_and_from_scikit_learn(hub, tmp_p
         assert run.returncode == 0, run.stderr
         errors.append(json.loads(run.stdout.splitlines()[-1])['test_last'])
     assert errors[0] == errors[1] == errors[2]
+
+
+@pytest.mark.slow
+def test_a_stream_of_files_goes_on_after_kill_9(hub, tmp_path):
+    """Three files and two workers; the Hub tells no length, and the second run reads what the first had left."""
+    repo = hub.repo('some/stream', 'datasets')
+    for number in range(3):
+        write_classes(tmp_path / str(number), classes=2, train=8 + number, test=3)
+        for split, count in (('train', 3), ('test', 1)):
+            if number < count:
+                file = tmp_path / str(number) / 'data' / f'{split}-00000-of-00001.parquet'
+                repo.commit({f'data/{split}-{number:05d}-of-{count:05d}.parquet': file.read_bytes()})
+    args = ['--dataset', 'some/stream', '--no-in-memory', '--streaming', '--epoch-size', '16', '--val-split', 'test',
+            '--model', 'sd_resnet20_cifar', '--img-size', '8', '-b', '4', '-j', '2', '--threads', '1', '--no-amp',
+            '--epochs', '12', '--output', tmp_path, '--resume', 'auto', '--experiment']
+    whole = bench('train.py', *args, 'whole')
+    assert whole.returncode == 0, whole.stderr
+    assert '16/?/? train/val/test' in whole.stderr
+    assert read_results(tmp_path / 'whole')['images'] == dict(train=16, val=6, test=6)
+    with subprocess.Popen(command('train.py', *args, 'killed'), stderr=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until((tmp_path / 'killed' / 'checkpoints' / 'checkpoint-0003.pt').exists, process=process)
+        finally:
+            process.kill()
+    assert not (tmp_path / 'killed' / 'results.json').exists()
+    again = bench('train.py', *args, 'killed')
+    assert again.returncode == 0, again.stderr
+    assert_same_run(tmp_path / 'killed', tmp_path / 'whole')
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 """bench/reproduce.py: what it starts and keeps, what it refuses, and what a kill -9 leaves."""
+import functools
 import json
 import os
 import signal
@@ -28,11 +29,12 @@ def folders(root):
     return ['--output', str(root / 'output'), '--results', str(root / 'results')]
 
 
-def finish(folder):
+def finish(folder, dataset='digits'):
     """Makes it the folder of a finished run."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ('results.json', 'summary.csv'):
-        (folder / name).write_bytes((TEMPLATE / name).read_bytes())
+    (folder / 'summary.csv').write_bytes((TEMPLATE / 'summary.csv').read_bytes())
+    results = json.loads((TEMPLATE / 'results.json').read_text())
+    (folder / 'results.json').write_text(json.dumps(dict(results, dataset=dataset)))
 
 
 def contents(root):
@@ -99,6 +101,18 @@ def test_a_complete_run_that_was_not_kept_is_kept_without_training(trainings, tm
     assert trainings == []
     assert (tmp_path / 'results' / 'runs' / NAME / 'results.json').exists()
     assert len(list((tmp_path / 'output' / NAME).iterdir())) == 2
+
+
+def test_a_run_on_other_data_is_named_and_not_kept(trainings, tmp_path, monkeypatch):
+    """The report would leave it out without a word."""
+    monkeypatch.setitem(globals(), 'finish', functools.partial(finish, dataset='pets'))
+    said = run_here('reproduce.py', *ONE_RUN, *folders(tmp_path)).stderr.splitlines()[-1]
+    assert f"{NAME} was trained on 'pets', which is no copy of digits that the recipe knows; see --fingerprint" in said
+    assert len(trainings) == 1
+    assert not list((tmp_path / 'results').rglob('results.json'))
+    again = refused('reproduce.py', *ONE_RUN, *folders(tmp_path))
+    assert "trained on 'pets'" in again
+    assert len(trainings) == 1
 
 
 def test_a_failing_run_is_named_and_the_others_go_on(trainings, tmp_path):
