@@ -127,7 +127,7 @@ def _memory() -> float:
 
 
 def _peak_memory(folder: Path, name: str, batch_size: int, workers: int) -> int:
-    """By how many MiB a process and its workers grow at most while they open and read; one that has read nothing yet."""
+    """By how many MiB a process that has read nothing yet, and its workers, grow at most while they open and read."""
     program = f'from timing.reading import grow; grow({str(folder)!r}, {name!r}, {batch_size}, {workers})'
     result = subprocess.run([sys.executable, '-c', program], cwd=BENCH, capture_output=True, text=True)
     if result.returncode:

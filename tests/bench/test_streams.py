@@ -77,6 +77,36 @@ def test_a_pass_sees_each_image_once_in_another_order(shards, workers):
     assert numbers(rows(stream(shards, images=60, size=1, workers=workers, seed=1))) != passes[0]
 
 
+@pytest.mark.parametrize('workers', [2, 3, 4])
+def test_each_image_counts_the_same_in_the_long_run(shards, workers):
+    """With five files the readers have one or two each; in each pass they are other ones."""
+    batches = stream(shards, images=60, size=1, workers=0, world_size=1)
+    counts = np.zeros(60)
+    for slot in range(workers):
+        rows_of_slot = batches.stream._rows(slot, workers, streams.Place())
+        while True:
+            image, _, place = next(rows_of_slot)
+            if place.number == 5 * workers:
+                break
+            counts[int(image[0, 0, 0])] += 1
+    assert set(counts) == {5 * workers}
+
+
+def test_a_reader_holds_one_block_also_of_a_file_that_it_shares(shards, monkeypatch):
+    """Of six readers of five files; each block is whole but the last."""
+    sizes, blocks = [], streams.ImageStream._blocks
+
+    def watched(self, *args):
+        for block in blocks(self, *args):
+            sizes.append(len(block))
+            yield block
+    monkeypatch.setattr(streams.ImageStream, '_blocks', watched)
+    seen = [numbers(rows(stream(shards, None, train=False, workers=0, rank=rank, world_size=6))) for rank in range(6)]
+    assert sorted(sum(seen, [])) == list(range(60))
+    assert max(sizes) == 4
+    assert sum(size < 4 for size in sizes) <= 10
+
+
 def test_labels_go_with_their_images(shards):
     for x, target, size in stream(shards):
         assert (x[:, 0, 0, 0].round().long() % 2 == target).all()

@@ -393,3 +393,19 @@ def test_a_script_that_fails_is_one_line(tmp_path):
     script.write_text('raise SystemExit("no data")')
     with pytest.raises(UserError, match='train.py failed: no data'):
         run_training([str(script)])
+
+
+@pytest.mark.slow
+def test_reading_is_timed_beside_timms(tmp_path):
+    """A row for each source and project; a stream's ratio is that to timm's reading of the folder."""
+    result = bench('throughput.py', '--reading', '--images', '64', '-b', '16', '--rounds', '2', '-j', '1',
+                   '--memory-workers', '0', '2', '--output', tmp_path / 'reading')
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / 'reading.json').read_text())['rows']
+    assert [(row['source'], row['project']) for row in rows] == [
+        ('folder', 'timm_sd'), ('folder', 'timm'), ('parquet', 'timm_sd'), ('parquet', 'timm'), ('stream', 'timm_sd')]
+    for row in rows:
+        assert row['images_per_second']['median'] > 0
+        assert 0 < row['mib']['0'] < row['mib']['2'] < 2000
+        assert row['project'] != 'timm' or row['ratio'] == dict(median=1, q1=1, q3=1)
+    assert len(result.stdout.splitlines()) == 6

@@ -1,10 +1,10 @@
 """Images that come in as a stream, from the Hub or from parquet files, without a copy on the disk.
 
-A stream has shards, its files. They are dealt out to slots, one a worker of each rank, and a slot reads its shards one
-after the other, again and again. In training it takes the shards of a pass in an order of (seed, pass), and the rows of
-a shard in blocks that are shuffled in themselves. So where a slot stands is four numbers. They travel with each batch,
-a checkpoint keeps them, and a resumed slot opens its shard there. `datasets`' own shuffling keeps a buffer instead,
-which its state doesn't hold.
+A stream has shards, its files. They are dealt out to slots, one a worker of each rank, and anew in each pass, so that in
+the long run each image counts the same. In training a slot takes the shards of a pass in an order of (seed, pass), and
+the rows of a shard in blocks that are shuffled in themselves. So where a slot stands is four numbers. They travel with
+each batch, a checkpoint keeps them, and a resumed slot opens its shard there. `datasets`' own shuffling keeps a buffer
+instead, which its state doesn't hold.
 """
 import random
 from collections import deque
@@ -83,9 +83,10 @@ class ImageStream(IterableDataset):
         rows: Any = self.split.rows
         shards = [rows.shard(num_shards=rows.num_shards, index=index) for index in range(rows.num_shards)]
         parts = -(-slots // len(shards))  # with too few shards several slots read one, each every n-th row
-        own = [(shard, part) for part in range(parts) for shard in range(len(shards))][slot::slots]
+        dealt = [(shard, part) for part in range(parts) for shard in range(len(shards))]
         while True:
-            order, found = list(own), place != Place(place.number)  # a resumed slot may be at the end of its pass
+            order = dealt[(slot + place.number) % slots::slots]
+            found = place != Place(place.number)  # a resumed slot may be at the end of its pass
             if self.seed is not None:
                 _draw(self.seed, place.number, slot).shuffle(order)
             for shard, part in order[place.shard:]:
@@ -109,9 +110,18 @@ class ImageStream(IterableDataset):
 
     def _blocks(self, shard: Any, part: int, parts: int, row: int) -> Iterator[list[tuple[Any, int]]]:
         """The rows of a shard, or of a part of it, from `row` on, in blocks: encoded images and labels."""
+        block: list[tuple[Any, int]] = []
+        seen = 0
         # Unlike a plain loop, `iter` doesn't divide the shard among the workers once more.
-        for rows in (shard.skip(row * parts) if row else shard).iter(BLOCK * parts):
-            yield list(zip(rows['image'][part::parts], rows['label'][part::parts], strict=True))
+        for rows in (shard.skip(row * parts) if row else shard).iter(BLOCK):
+            own = slice((part - seen) % parts, None, parts)
+            block += zip(rows['image'][own], rows['label'][own], strict=True)
+            seen += len(rows['image'])
+            if len(block) >= BLOCK:
+                yield block[:BLOCK]
+                del block[:BLOCK]
+        if block:
+            yield block
 
 
 class _Ahead:
