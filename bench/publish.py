@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+
 import timm_sd
-from harness.card import DATASETS, Comparison, dataset_of, full_name, method_of
+from harness.card import DATASETS, Comparison, channels_of, classes_and_size, dataset_of, full_name, method_of
 from harness.cli import Parser, add_flags, flag, make_settings, run_script
 from harness.errors import UserError
 from harness.files import write_atomic
-from harness.paths import CARDS, RESULTS
+from harness.paths import CARDS, RECIPES, RESULTS
 from harness.recipes import read_recipe
 from harness.repository import UploadSettings, read_run, upload, write_card_folder, write_repository
 from paper import numbers
@@ -47,15 +49,33 @@ def compare(results: dict[str, Any]) -> Comparison:
     return Comparison(numbers.error_of(name), epochs, saving)
 
 
+def check_stands_for(results: dict[str, Any], name: str) -> None:
+    """Raises UserError unless a run was trained on what the tag of its model stands for, and as it is.
+
+    A folder must have the fingerprint that a recipe of this package knows, not one that a user gave.
+    """
+    cfg: Any = timm.get_pretrained_cfg(name)
+    dataset, data = dataset_of(results), results['data']
+    recipes = [read_recipe(path.stem) for path in RECIPES.glob('*.yaml')]
+    known = {recipe.get('fingerprint') for recipe in recipes if recipe.get('dataset') == dataset} - {None}
+    if 'hub' not in data and not known & {data.get('content'), data.get('fingerprint')}:
+        raise UserError(f'no recipe of this package knows {data["folder"]!r} as a copy of {dataset}; publish it with '
+                        '--repo')
+    classes, size = classes_and_size(results)
+    found = (classes, channels_of(results), size, results['test_split'])
+    wanted = (cfg.num_classes, cfg.input_size[0], cfg.input_size[-1], 'test')
+    if found != wanted:
+        raise UserError(f'{name} stands for {wanted}, its classes, channels, pixels and test split, and the run has '
+                        f'{found}; publish it with --repo')
+
+
 def bundle(run_folder: Path) -> None:
     """Copies a finished run's weights into the package and its results under hub_cards/."""
     results = read_run(run_folder)
     name = full_name(results)
     if name.partition('.')[2] not in DATASETS:
         raise UserError(f'the package holds no {name}, only the tags {", ".join(DATASETS)}; publish it with --repo')
-    if 'fingerprint' in results['changed_from_recipe'] and 'folder' in results['data']:
-        raise UserError(f'{run_folder} is of {results["dataset"]} by its own --fingerprint alone, not by the '
-                        "recipe's; publish it with --repo")
+    check_stands_for(results, name)
     write_card_folder(run_folder, results, compare(results), CARDS / name)
     write_atomic(PRETRAINED / f'{name}.safetensors', (run_folder / 'model.safetensors').read_bytes())
     print(f'bundled {name}: test error {results["test_best"]["top1_err"]} %')

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from harness.cli import make_settings, run_script
 from harness.data.splits import load_splits, make_batches
 from harness.engine import default_amp
+from harness.errors import UserError
 from harness.graphs import check_recordable
 from harness.launch import LaunchSettings, describe_processes, join_processes
 from harness.network import build_network, first_branch_weight, registered_name
@@ -37,6 +38,8 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
                           img_size=flags.images.img_size).to(accelerator.device)
     if flags.network.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if flags.images.batch_size == 1 and any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        raise UserError('--batch-size 1 gives batch norm one image, which has no variance; give 2 or more')
     if flags.training.cuda_graphs:
         check_recordable(model, flags.depth, flags.images.in_memory, accelerator)
     evaluated = replace(flags.images, batch_size=flags.splits.validation_batch_size or flags.images.batch_size)

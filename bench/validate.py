@@ -46,9 +46,11 @@ def read_metadata(file: str) -> dict[str, Any]:
             metadata = opened.metadata() or {}
     except (OSError, safetensors.SafetensorError):
         return {}
+    if 'timm_sd' not in metadata:
+        return {}
     found = {key: json.loads(metadata[key]) for key in
              ('img_size', 'mean', 'std', 'in_memory', 'model_kwargs', 'label_names') if key in metadata}
-    return dict(found, model=metadata['model']) if 'model' in metadata else found
+    return dict(found, model=metadata['model'])
 
 
 def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: int, img_size: int | None) -> Any:

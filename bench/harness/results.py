@@ -20,7 +20,7 @@ def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:
 def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     """Where the weights come from: network, recipe, data."""
     name, record = flags.network.model, trainer.data.record
-    public = public_flags(flags.record, record)  # the weights tell it too, and they go everywhere
+    public = public_flags(flags.record)  # the weights tell it too, and they go everywhere
     return dict(
         model=registered_name(name) if name.startswith('local-dir:') else name, recipe=public['config'],
         changed_from_recipe={key: public[key] for key in changed_from_recipe(flags.record)},

@@ -28,12 +28,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from harness.cli import flag
+from harness.data.sources import is_public
 from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
 
 # Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
-              'threads', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
+              'threads', 'workers', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
 # What a run leaves besides args.yaml.
 LEFT_BY_A_RUN = ('checkpoints/*-*', 'results.json', 'summary.csv', 'model.safetensors')
 # What is read of results.json and of each row of summary.csv; older runs have these too.
@@ -307,16 +308,11 @@ def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator
     return found[0]
 
 
-def public_flags(flags: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run for others to see: without the paths of this machine.
-
-    Args:
-        flags: All, by name.
-        given: `dataset` and `data` of its results; older ones lack `data`.
-    """
+def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run for others to see: without the paths of this machine."""
     public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
-    if 'folder' in given.get('data', {}) and not flags['data_dir']:
-        public['dataset'] = given['dataset']  # --dataset FOLDER
+    if flags['dataset'] and not is_public(flags['dataset']):
+        public['dataset'] = Path(flags['dataset']).name
     if flags['model'].startswith('local-dir:'):
         public['model'] = f'local-dir:{Path(flags["model"]).name}'
     return public
@@ -324,4 +320,4 @@ def public_flags(flags: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 def without_paths(results: dict[str, Any]) -> dict[str, Any]:
     """results.json for others to see."""
-    return dict(results, args=public_flags(results['args'], results))
+    return dict(results, args=public_flags(results['args']))

@@ -41,7 +41,8 @@ def images(root, **flags):
      'validation split, and tested: the last epoch counts'),
     (dict(train__cat=30, train__dog=20, test__cat=2, test__dog=1), (45, 5, 3), True, '10 % of each class'),
     (dict(Training__cat=3, Training__dog=4, valid__cat=2, valid__dog=1, Testing__cat=2, Testing__dog=2), (7, 3, 4),
-     True, 'validation split')])
+     True, 'validation split'),
+    (dict(Train__cat=3, Train__dog=4, Test__cat=2, Test__dog=2), (5, 2, 4), True, '10 % of each class')])
 def test_usual_trees(tmp_path, tree, sizes, selects, held_out):
     found, loaded = images(write_tree(tmp_path / 'pets', **tree))
     assert tuple(found.values()) == sizes
@@ -91,6 +92,38 @@ def test_what_is_no_such_tree_is_one_line(tmp_path, spoil, words):
     said = refused('train.py', *OWN, '--data-dir', root, '--output', tmp_path / 'out')
     assert all(word in said for word in words), said
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(('tree', 'words'), [
+    (dict(training_set__cat=2, training_set__dog=2, test_set__cat=2, test_set__dog=2),
+     ['test_set/, training_set/ hold the folders cat, dog: if they are splits, call them train/']),
+    (dict(train=3, test=2), ['test holds pictures without class folders; put each class into a folder'])])
+def test_splits_are_not_taken_for_classes(tmp_path, tree, words):
+    said = refused('train.py', *OWN, '--data-dir', write_tree(tmp_path / 'pets', **tree), '--output', tmp_path / 'out')
+    assert all(word in said for word in words), said
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    """Vehicles."""
+    assert opened(write_tree(tmp_path / 'vehicles', car=2, train=2)).class_names == ['car', 'train']
+
+
+def test_files_that_tools_left_are_no_pictures(tmp_path):
+    root = write_tree(tmp_path / 'pets', cat=2, dog=2, **{'cat__.ipynb_checkpoints': 1})
+    shutil.copy(root / 'cat' / '0.png', root / 'dog' / '._0.png')
+    assert opened(root).labels.tolist() == [0, 0, 1, 1]
+
+
+def test_shares_and_numbers_are_not_held_out_both(tmp_path):
+    """What the command line says goes before the recipe."""
+    root = write_tree(tmp_path / 'pets', cat=20, dog=20)
+    result = run_here('train.py', *OWN, '--val-per-class', '5', '--data-dir', root, '--output', tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert read_results(tmp_path / 'a')['held_out'] == '[5] of each class, and tested: the last epoch counts'
+    said = refused('train.py', *OWN, '--val-per-class', '5', '--val-fraction', '0.2', '--data-dir', root)
+    assert 'hold out twice' in said
+    said = refused('train.py', *OWN, '--streaming', '--epoch-size', '8', '--data-dir', root)
+    assert '--epoch-size 8 is for streams' in said
 
 
 def test_a_split_that_lacks_a_class_keeps_the_others_numbers(tmp_path):

@@ -13,7 +13,8 @@ import publish
 from harness.data.in_memory import load_image_set
 from harness.data.settings import ImageSettings, SplitSettings
 from harness.data.sources import SourceSettings
-from harness.data.splits import load_splits
+from harness.data.splits import check_same_data, load_splits
+from harness.errors import UserError
 from harness.recipes import parse_train_flags, read_recipe
 from support.commands import ROOT, read_results, refused, run_here
 from support.data import opened, write_classes
@@ -71,6 +72,28 @@ def test_it_is_not_bundled(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_data_is_bundled_only_if_a_recipe_of_the_package_knows_it(run, tmp_path, monkeypatch):
+    """A fingerprint that a user gave says nothing about CIFAR-10, and the tag promises its classes and its size."""
+    monkeypatch.setattr(publish, 'PRETRAINED', tmp_path / 'pretrained')
+    monkeypatch.setattr(publish, 'CARDS', tmp_path / 'cards')
+    known = read_recipe('cifar10')['fingerprint']
+    for number, (data, changed, words) in enumerate((
+            (dict(folder='x', fingerprint='f', content='0' * 64), {}, "knows 'x' as a copy of uoft-cs/cifar10"),
+            (dict(folder='x', fingerprint='f', content=known), {}, "c10 stands for (10, 3, 32, 'test')"),
+            (dict(hub='uoft-cs/cifar10', revision=None), {}, 'stands for'),
+            (dict(hub='uoft-cs/cifar10', revision=None), dict(label_names=['a', 'b']), 'stands for'),
+            (dict(hub='uoft-cs/cifar10', revision=None), dict(test_split='train'), 'stands for'))):
+        folder = tmp_path / str(number)
+        shutil.copytree(run, folder)
+        results = read_results(run)
+        results.update(dict(dataset='uoft-cs/cifar10', model='sd_resnet20_cifar.c10', data=data), **changed)
+        if changed:
+            results['args']['img_size'] = 32
+        (folder / 'results.json').write_text(json.dumps(results))
+        assert words in refused('publish.py', folder, '--bundle')
+    assert not list(tmp_path.glob('pretrained/*')) + list(tmp_path.glob('cards/*'))
+
+
 def test_its_card_says_what_it_is(run, pets):
     result = run_here('publish.py', run, '--repo', 'me/pets', '--dry-run')
     assert result.returncode == 0, result.stderr
@@ -94,9 +117,10 @@ def test_a_run_that_does_not_say_what_its_data_was_is_not_published(run, tmp_pat
         assert 'does not say what its data was' in refused('publish.py', tmp_path / 'old', *target)
 
 
-@pytest.mark.parametrize('how', ['dataset', 'data_dir', 'recipe', 'model'])
-def test_published_results_hold_no_local_path(pets, tmp_path, how):
+@pytest.mark.parametrize('how', ['dataset', 'data_dir', 'both', 'recipe', 'model'])
+def test_published_results_hold_no_local_path(pets, run, tmp_path, how):
     flags = {'dataset': ['--dataset', pets], 'data_dir': ['--data-dir', pets], 'recipe': ['--data-dir', pets],
+             'both': ['--dataset', pets, '--data-dir', pets, '--fingerprint', read_results(run)['data']['content']],
              'model': ['--data-dir', pets]}[how]
     if how == 'recipe':
         (tmp_path / 'mine.yaml').write_text('hflip: 0.25\n')
@@ -194,6 +218,16 @@ def test_a_run_does_not_go_on_with_other_data(pets, run, tmp_path):
     assert result.returncode == 2
     assert 'the data is not that of the epochs before: its content is' in result.stderr.splitlines()[-1]
     assert not (tmp_path / 'a' / 'results.json').exists()
+
+
+def test_a_folder_does_not_become_a_hub_data_set_on_the_way():
+    """Of large images, whose content nobody has looked at."""
+    before, now = dict(folder='x', fingerprint='f'), dict(hub='some/pictures', revision='r')
+    for pair in ((before, now), (now, before)):
+        with pytest.raises(UserError, match='nothing says that they are the same'):
+            check_same_data(*pair)
+    check_same_data({}, now)  # an older version's
+    check_same_data(dict(before, content='c'), dict(now, content='c'))
 
 
 def renamed(pets, folder, names):

@@ -21,6 +21,7 @@ class Split(NamedTuple):
         where: Names it in error messages.
         images: Their number; None where a stream doesn't tell.
         label_map: Of a stream that counts its classes in another order: the label here of each of its labels.
+        plain_key: The column whose values are the classes, where it says no names.
     """
     rows: Rows
     labels: torch.Tensor | None
@@ -28,6 +29,7 @@ class Split(NamedTuple):
     where: str
     images: int | None
     label_map: list[int] | None = None
+    plain_key: str | None = None
 
     def read_labels(self, labels: Sequence[int | None], first_row: int = 0) -> torch.Tensor:
         """The labels (N,) that rows of a stream hold, checked, and counted as `class_names` are."""
@@ -49,6 +51,14 @@ def _is_plain(feature: Any) -> bool:
     return kinds.is_integer(kind) or kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_boolean(kind)
 
 
+def _holds_files(feature: Any) -> bool:
+    """Whether a column holds encoded images without saying so, as parquet files of other writers do."""
+    if isinstance(feature, dict):
+        return feature.keys() == {'bytes', 'path'}
+    return isinstance(feature, datasets.Value) and (
+        kinds.is_binary(feature.pa_type) or kinds.is_large_binary(feature.pa_type))
+
+
 def _choose(found: Sequence[str], given: str | None, flag: str, what: str, features: datasets.Features) -> str:
     """The only column of a type, or the one that `flag` names."""
     if given is not None:
@@ -63,7 +73,8 @@ def _choose(found: Sequence[str], given: str | None, flag: str, what: str, featu
 
 def _find_columns(features: datasets.Features, source: SourceSettings) -> tuple[str, str]:
     """The columns of the images and of the labels."""
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)] or \
+        [name for name, feature in features.items() if _holds_files(feature)]
     image = _choose(images, source.input_key, '--input-key', 'type Image', features)
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     plain = [name for name, feature in features.items() if _is_plain(feature)]
@@ -91,14 +102,13 @@ def check_labels(labels: Sequence[int | None], classes: int, where: str, first_r
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _encode(values: list[Any], key: str, where: str) -> tuple[list[int | None], list[str]]:
-    """Labels and class names of a plain column; the classes are its values, sorted."""
-    found = sorted(set(values) - {None})
-    if 2 * len(found) > max(len(values), 4):
-        raise UserError(f'{where}: column {key!r} holds {len(found)} different values in {len(values)} rows, which are '
-                        'no classes; choose another with --target-key, or make it a ClassLabel')
+def _encode(values: list[Any]) -> tuple[list[int | None], list[str]]:
+    """Labels and class names of a plain column; the classes are its values, sorted. -1 and '' mean no label."""
+    has_none = [value is None or value == '' or not isinstance(value, str) and value < 0 for value in values]
+    found = sorted({value for value, without in zip(values, has_none, strict=True) if not without})
     labels = {value: label for label, value in enumerate(found)}
-    return [labels.get(value) for value in values], [str(value) for value in found]
+    return [None if without else labels[value] for value, without in zip(values, has_none, strict=True)], \
+        [str(value) for value in found]
 
 
 def _missing_image(rows: datasets.Dataset) -> int | None:
@@ -138,14 +148,14 @@ def open_split(data: DataSet, source: SourceSettings, split: str) -> Split:
                             'be asked; leave out --streaming, or make it a ClassLabel')
         return Split(rows, None, features[label_key].names, where, told and told.num_examples)
     values = rows['label'][:]
-    labels, class_names = (values, features[label_key].names) if has_names else _encode(values, label_key, where)
+    labels, class_names = (values, features[label_key].names) if has_names else _encode(values)
     if not labels:
         raise UserError(f'{where} holds no images')
     checked = check_labels(labels, len(class_names), where)
     missing = _missing_image(rows)
     if missing is not None:
         raise UserError(f'{where}: row {missing} has no image; remove it')
-    return Split(rows, checked, class_names, where, len(checked))
+    return Split(rows, checked, class_names, where, len(checked), plain_key=None if has_names else label_key)
 
 
 def rename_classes(split: Split, class_names: list[str], whose: str) -> Split:

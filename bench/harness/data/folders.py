@@ -15,9 +15,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from harness.errors import UserError
 
-# Other names of splits, as timm and `datasets` have them.
-SPLIT_NAMES = dict(training='train', val='validation', valid='validation', dev='validation', eval='validation',
-                   testing='test')
+# Names of splits, as timm and `datasets` have them.
+SPLIT_NAMES = dict(train='train', training='train', validation='validation', val='validation', valid='validation',
+                   dev='validation', eval='validation', test='test', testing='test')
 
 
 class Pictures(NamedTuple):
@@ -62,15 +62,33 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
 
 
+def _first_picture(folder: Path) -> str | None:
+    """The name of a picture that lies in a folder, not below it."""
+    return next((name for name in sorted(os.listdir(folder)) if _is_picture(name)), None)
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith('.')
+
+
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split. Where no folder has the name of one, the classes lie in `root`, which is `train`."""
-    found: dict[str, Path] = {}
-    known = {'train', *SPLIT_NAMES.values()}
-    names = _subfolders(root)
-    if not any(split_name(name) in known and _subfolders(root / name) for name in names):
+    inside = {name: _subfolders(root / name) for name in _subfolders(root)}
+    splits = [name for name in inside if name.lower() in SPLIT_NAMES]
+    if splits and not any(inside[name] for name in splits):
+        is_flat = len(splits) == len(inside) and _first_picture(root / splits[0])
+        if is_flat and not any((root / splits[0]).glob('metadata.*')):  # of which `datasets` takes the labels
+            raise UserError(f'{root / splits[0]} holds pictures without class folders; put each class into a folder')
+        splits = []  # classes that are called so
+    if not splits:
+        first, *others = inside.values() or [[]]
+        if first and others and all(names == first for names in others):
+            raise UserError(f'{root}: all of {", ".join(f"{name}/" for name in list(inside)[:3])} hold the folders '
+                            f'{", ".join(first[:3])}: if they are splits, call them train/, validation/ and test/')
         return dict(train=root)
-    for name in names:
-        if _subfolders(root / name):
+    found: dict[str, Path] = {}
+    for name, classes in inside.items():
+        if classes:
             split = split_name(name)
             if split in found:
                 raise UserError(f'{root}: both {found[split].name}/ and {name}/ are the split {split!r}; rename one')
@@ -85,34 +103,40 @@ def find_pictures(root: Path) -> tuple[dict[str, Pictures], str] | None:
         root: Of FOLDER/SPLIT/CLASS/*.jpg, or of FOLDER/CLASS/*.jpg.
 
     Raises:
-        UserError: If a class folder is empty, or a picture lies beside the class folders.
+        UserError: If a folder can't be read, a class folder is empty, or a picture lies beside the class folders.
     """
     if any(root.glob('*.parquet')) or any(root.glob('*/*.parquet')):  # the picture of a README is no data
         return None
-    splits: dict[str, Pictures] = {}
-    for split, folder in _split_folders(root).items():
-        class_names = _subfolders(folder)
-        classes = {name: label for label, name in enumerate(class_names)}
-        if not classes:
-            continue
-        try:
-            found = make_dataset(str(folder), classes, extensions=IMG_EXTENSIONS, allow_empty=True)
-        except OSError as error:
-            raise UserError(f'{error.filename} can not be read ({error.strerror})') from error
-        if not found:
-            continue
-        empty = sorted(set(classes.values()) - {label for _, label in found})
-        if empty:
-            raise UserError(f'{folder / class_names[empty[0]]} is a class folder without a picture '
-                            f'({" ".join(IMG_EXTENSIONS)}); fill it, or remove it')
-        stray = next((name for name in sorted(os.listdir(folder)) if name.lower().endswith(IMG_EXTENSIONS)), None)
-        if stray is not None:
-            raise UserError(f'{folder / stray} lies beside the class folders; move it into one, or away')
-        start = len(str(root)) + 1
-        splits[split] = Pictures([path[start:] for path, _ in found], [label for _, label in found], class_names)
+    try:
+        splits = {split: pictures for split, folder in _split_folders(root).items()
+                  if (pictures := _find_split(root, folder)) is not None}
+    except OSError as error:
+        raise UserError(f'{error.filename} can not be read ({error.strerror}); remove it, or give it back') from error
     if not splits:
         return None
     return splits, fingerprint(root, (path for pictures in splits.values() for path in pictures.paths))
+
+
+def _find_split(root: Path, folder: Path) -> Pictures | None:
+    """The pictures of one split, or None if there are none."""
+    class_names = _subfolders(folder)
+    if not class_names:
+        return None
+    classes = {name: label for label, name in enumerate(class_names)}
+    found = make_dataset(str(folder), classes, extensions=IMG_EXTENSIONS, allow_empty=True)
+    start = len(str(root)) + 1
+    # Hidden files and folders are left by tools: previews, copies of what was looked at.
+    shown = [(path[start:], label) for path, label in found if '/.' not in path[start:]]
+    if not shown:
+        return None
+    empty = sorted(set(classes.values()) - {label for _, label in shown})
+    if empty:
+        raise UserError(f'{folder / class_names[empty[0]]} is a class folder without a picture '
+                        f'({" ".join(IMG_EXTENSIONS)}); fill it, or remove it')
+    stray = _first_picture(folder)
+    if stray is not None:
+        raise UserError(f'{folder / stray} lies beside the class folders; move it into one, or away')
+    return Pictures([path for path, _ in shown], [label for _, label in shown], class_names)
 
 
 def as_dataset(root: Path, pictures: Pictures) -> datasets.Dataset:

@@ -1,5 +1,6 @@
 """Where images come from: a Hub data set, a local folder of pictures or of files, or scikit-learn's digits."""
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,11 @@ class SourceSettings:
     def name(self) -> str:
         """The folder or the data set."""
         return self.data_dir or self.dataset or ''
+
+
+def is_public(dataset: str) -> bool:
+    """Whether --dataset can be the name of one on the Hub, not a path of this machine."""
+    return re.fullmatch(r'[\w-]+/[\w.-]+(@[\w./-]+)?|digits', dataset) is not None
 
 
 class DataSet(NamedTuple):

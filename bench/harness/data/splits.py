@@ -13,7 +13,7 @@ from harness.data.columns import Split, open_split, rename_classes
 from harness.data.in_memory import ImageSet, MemoryBatches, load_image_set
 from harness.data.large_images import ImageRows, LoaderBatches, ReadImage
 from harness.data.settings import AugmentationSettings, ImageSettings, SplitSettings
-from harness.data.sources import DataSet, SourceSettings, open_data
+from harness.data.sources import DataSet, SourceSettings, is_public, open_data
 from harness.data.streams import StreamBatches
 from harness.errors import UserError
 
@@ -151,7 +151,9 @@ def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSe
     def load(split: str) -> Any:
         if split not in loaded:
             opened = open_split(data, source, split)
-            if loaded:  # the first one's names count for all
+            if not loaded:
+                _check_plain(opened)
+            else:  # the first one's names count for all
                 opened = rename_classes(opened, next(iter(loaded.values())).class_names, 'training')
             loaded[split] = load_images(opened, settings, channels, progress)
         return loaded[split]
@@ -159,6 +161,8 @@ def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSe
     val_split = _find(data, splits.val_split, 'validation')
     test_split = _find(data, splits.test_split, 'test')
     joined = [load(data.find(split)) for split in splits.train_split.split('+')]
+    if splits.epoch_size is not None and not isinstance(joined[0], Split):
+        raise UserError(f'--epoch-size {splits.epoch_size} is for streams, and {data.where} is none; leave it out')
     classes = len(joined[0].class_names)
     check_classes(settings, classes)
     if classes < 2:
@@ -185,6 +189,14 @@ def load_splits(source: SourceSettings, splits: SplitSettings, settings: ImageSe
     return LoadedData(images, train.class_names, selects, dict(
         dataset=_claim(source, origin), data=origin, held_out=held_out,
         test_split=test_split or val_split or splits.train_split))
+
+
+def _check_plain(split: Split) -> None:
+    """Raises UserError if a plain column has about as many values as rows, as a caption has."""
+    classes = len(split.class_names)
+    if split.plain_key is not None and 2 * classes > max(split.images or 0, 4):
+        raise UserError(f'{split.where}: column {split.plain_key!r} holds {classes} different values in {split.images} '
+                        'rows, which are no classes; choose another with --target-key, or make it a ClassLabel')
 
 
 def _find(data: DataSet, split: str | None, default: str) -> str | None:
@@ -218,7 +230,7 @@ def _claim(source: SourceSettings, origin: dict[str, Any]) -> str:
     if 'folder' not in origin:
         return (source.dataset or '').partition('@')[0]
     is_copy = source.fingerprint is not None and source.fingerprint in (origin['fingerprint'], origin.get('content'))
-    return source.dataset if is_copy and source.data_dir and source.dataset else origin['folder']
+    return source.dataset if is_copy and source.dataset and is_public(source.dataset) else origin['folder']
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -234,6 +246,10 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
                 raise UserError(f'the data is not that of the epochs before: its {key} is {now[key]:.12}, and was '
                                 f'{before[key]:.12}; bring it back, or choose another --experiment')
             return
+    if before and now and ('hub' in before) != ('hub' in now):
+        raise UserError(f'the data was {before.get("hub") or before.get("folder")}, and is now '
+                        f'{now.get("hub") or now.get("folder")}; nothing says that they are the same: give what the '
+                        'run was begun with, or choose another --experiment')
 
 
 def _image_size(images: Images) -> tuple[int, ...]:
@@ -274,6 +290,8 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
     else:
         looks = dict(scale=augmentation.scale, hflip=augmentation.hflip, color_jitter=augmentation.color_jitter,
                      auto_augment=augmentation.aa)
+    if channels == 1 and augmentation is not None and augmentation.aa:
+        raise UserError(f"--aa {augmentation.aa}: timm's policies are of colours, and in_chans is 1; leave it out")
     size = (settings.img_size,) * 2 if settings.img_size else cfg['input_size'][1:]
     transform = create_transform((channels, *size), is_training=train, use_prefetcher=True,  # uint8, not normalised
                                  interpolation=cfg['interpolation'], **looks)

@@ -1,10 +1,10 @@
 """Images that come in as a stream, from the Hub or from parquet files, without a copy on the disk.
 
-A stream has shards, its files. They are dealt out to slots, one a worker of each rank, and anew in each pass, so that in
-the long run each image counts the same. In training a slot takes the shards of a pass in an order of (seed, pass), and
-the rows of a shard in blocks that are shuffled in themselves. So where a slot stands is four numbers. They travel with
-each batch, a checkpoint keeps them, and a resumed slot opens its shard there. `datasets`' own shuffling keeps a buffer
-instead, which its state doesn't hold.
+A stream has shards, its files. They are dealt out to slots, one a worker of each rank, and anew in each pass, so that
+in the long run each image counts the same. In training a slot takes the shards of a pass in an order of (seed, pass),
+and the rows of a shard in blocks that are shuffled in themselves. So where a slot stands is four numbers. They travel
+with each batch, a checkpoint keeps them, and a resumed slot opens its shard there. `datasets`' own shuffling keeps a
+buffer instead, which its state doesn't hold.
 """
 import random
 from collections import deque
