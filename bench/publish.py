@@ -59,8 +59,8 @@ def check_stands_for(results: dict[str, Any], name: str) -> None:
     recipes = [read_recipe(path.stem) for path in RECIPES.glob('*.yaml')]
     known = {recipe.get('fingerprint') for recipe in recipes if recipe.get('dataset') == dataset} - {None}
     if 'hub' not in data and not known & {data.get('content'), data.get('fingerprint')}:
-        raise UserError(f'no recipe of this package knows {data["folder"]!r} as a copy of {dataset}; publish it with '
-                        '--repo')
+        raise UserError(f'no recipe of this package knows {data.get("folder")!r} as a copy of {dataset}; publish it '
+                        'with --repo')
     classes, size = classes_and_size(results)
     found = (classes, channels_of(results), size, results['test_split'])
     wanted = (cfg.num_classes, cfg.input_size[0], cfg.input_size[-1], 'test')

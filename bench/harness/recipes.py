@@ -106,11 +106,7 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for one, other in (('val_per_class', 'val_fraction'), ('val_fraction', 'val_per_class')):
         if getattr(args, one) != parser.get_default(one):  # the command line's choice, not the recipe's
             recipe.pop(other, None)
-    args = parser.parse_args([*command_line(recipe), *argv])
-    if args.val_fraction is not None and args.val_per_class != parser.get_default('val_per_class'):
-        raise UserError(f'--val-per-class {args.val_per_class} and --val-fraction {args.val_fraction} hold out twice; '
-                        'give one')
-    return args
+    return parser.parse_args([*command_line(recipe), *argv])
 
 
 def changed_from_recipe(flags: dict[str, Any]) -> dict[str, Any]:

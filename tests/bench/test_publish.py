@@ -257,6 +257,7 @@ def test_transformers_loads_it(run_folder, is_ours):
 def test_a_bundled_run_is_weights_in_the_package_and_a_card(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(publish, 'CARDS', tmp_path / 'cards')
     monkeypatch.setattr(publish, 'PRETRAINED', tmp_path)
+    change(run_folder, data=dict(hub='uoft-cs/cifar10', revision=None), args=dict(img_size=32))
     result = to_hub(run_folder, '--bundle')
     name = 'sd_resnet20_cifar.c10'
     assert result.stdout.startswith(f'bundled {name}: ')

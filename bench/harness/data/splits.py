@@ -209,6 +209,9 @@ def _find(data: DataSet, split: str | None, default: str) -> str | None:
 def _divide(joined: Sequence[Any], splits: SplitSettings) -> tuple[Images, Images, str]:
     """Training and validation images of the training splits, and what was held out in words."""
     if splits.val_fraction is not None:
+        if splits.val_per_class != SplitSettings().val_per_class:
+            raise UserError(f'--val-per-class {splits.val_per_class} and --val-fraction {splits.val_fraction} hold out '
+                            'twice; give one')
         shares: list[Any] = [splits.val_fraction] * len(joined)
         held_out = f'{100 * splits.val_fraction:g} % of each class'
     else:
