@@ -189,7 +189,7 @@ def measure_reading(images: int, data_dir: str | None, batch_size: int, rounds: 
         write_images(folder, images, data_dir)
         opens = contestants(folder, images)
         first = {name: _seconds(run) for name, run in opens.items()}
-        memory = {name: {workers: _peak_memory(folder, name, batch_size, workers)
+        memory = {name: {str(workers): _peak_memory(folder, name, batch_size, workers)
                          for workers in settings.memory_workers} for name in tqdm(opens, desc='memory', leave=False)}
         loaders = {name: run()(batch_size, settings.workers) for name, run in opens.items() if 'stream' not in name}
         for batches in loaders.values():  # starts the workers
