@@ -72,19 +72,10 @@ def _is_picture(name: str) -> bool:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split. Where no folder has the name of one, the classes lie in `root`, which is `train`."""
+    """The folder of each split. Where no folder is one, the classes lie in `root`, which is `train`."""
     inside = {name: _subfolders(root / name) for name in _subfolders(root)}
-    splits = [name for name in inside if name.lower() in SPLIT_NAMES]
-    if splits and not any(inside[name] for name in splits):
-        is_flat = len(splits) == len(inside) and _first_picture(root / splits[0])
-        if is_flat and not any((root / splits[0]).glob('metadata.*')):  # of which `datasets` takes the labels
-            raise UserError(f'{root / splits[0]} holds pictures without class folders; put each class into a folder')
-        splits = []  # classes that are called so
-    if not splits:
-        first, *others = inside.values() or [[]]
-        if first and others and all(names == first for names in others):
-            raise UserError(f'{root}: all of {", ".join(f"{name}/" for name in list(inside)[:3])} hold the folders '
-                            f'{", ".join(first[:3])}: if they are splits, call them train/, validation/ and test/')
+    if not any(inside[name] for name in inside if name.lower() in SPLIT_NAMES):
+        _check_classes(root, inside)
         return dict(train=root)
     found: dict[str, Path] = {}
     for name, classes in inside.items():
@@ -94,6 +85,23 @@ def _split_folders(root: Path) -> dict[str, Path]:
                 raise UserError(f'{root}: both {found[split].name}/ and {name}/ are the split {split!r}; rename one')
             found[split] = root / name
     return found
+
+
+def _check_classes(root: Path, inside: dict[str, list[str]]) -> None:
+    """Raises UserError if the folders in `root` are splits rather than classes.
+
+    Args:
+        root: The data set's folder.
+        inside: Its folders, and the folders in each.
+    """
+    first, *others = inside.values() or [[]]
+    if first and others and all(names == first for names in others):
+        raise UserError(f'{root}: all of {", ".join(f"{name}/" for name in list(inside)[:3])} hold the folders '
+                        f'{", ".join(first[:3])}: if they are splits, call them train/, validation/ and test/')
+    if inside and all(name.lower() in SPLIT_NAMES for name in inside):
+        folder = root / next(iter(inside))
+        if _first_picture(folder) and not any(folder.glob('metadata.*')):  # of which `datasets` takes the labels
+            raise UserError(f'{folder} holds pictures without class folders; put each class into a folder')
 
 
 def find_pictures(root: Path) -> tuple[dict[str, Pictures], str] | None:
