@@ -137,7 +137,7 @@ def test_a_stream_of_files_goes_on_after_kill_9(hub, tmp_path):
         for split, count in (('train', 3), ('test', 1)):
             if number < count:
                 file = tmp_path / str(number) / 'data' / f'{split}-00000-of-00001.parquet'
-                repo.commit({f'data/{split}-{number:05d}-of-{count:05d}.parquet': file.read_bytes()})
+                repo.commit({f'{split}-{number:05d}-of-{count:05d}.parquet': file.read_bytes()})
     args = ['--dataset', 'some/stream', '--no-in-memory', '--streaming', '--epoch-size', '16', '--val-split', 'test',
             '--model', 'sd_resnet20_cifar', '--img-size', '8', '-b', '4', '-j', '2', '--threads', '1', '--no-amp',
             '--epochs', '12', '--output', tmp_path, '--resume', 'auto', '--experiment']

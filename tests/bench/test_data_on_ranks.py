@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from test_own_pictures import OWN, write_tree
 
 from harness.data import sources
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.slow
 
 def shared_folder():
     """One folder for both processes."""
-    state = PartialState()
-    place = [tempfile.mkdtemp() if state.is_main_process else None]
-    from accelerate.utils import broadcast_object_list
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    place = [tempfile.mkdtemp() if accelerator.is_main_process else None]
     broadcast_object_list(place)
     return Path(place[0])
 
