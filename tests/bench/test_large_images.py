@@ -1,4 +1,5 @@
 """The data path for large images: what an epoch sees, on any number of processes."""
+import io
 import json
 import shutil
 import sys
@@ -81,6 +82,20 @@ def test_order_and_augmentation_follow_from_seed_epoch_and_image(folder):
     halves = [epoch(1, size=2, rank=rank, world_size=2) for rank in range(2)]
     assert torch.equal(first[0::2], halves[0])
     assert torch.equal(first[1::2], halves[1])
+
+
+def test_each_image_of_each_epoch_is_augmented_in_its_own_way(folder):
+    """Twenty readings of the same picture, by the seeds of an epoch and of the next."""
+    loader = batches(folder, augment=True, workers=0)
+    read, seen = ReadImage(transform(augment=True), 'the folder'), []
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    noise.save(buffer := io.BytesIO(), 'PNG')
+    encoded = dict(bytes=buffer.getvalue(), path=None)
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        list(loader)
+        seen += [tuple(read(encoded, 0, seed).flatten().tolist()) for batch in loader.plan for _, seed in batch]
+    assert len(seen) == len(set(seen)) == 40
 
 
 def test_workers_live_from_epoch_to_epoch_and_draw_as_new_ones(folder):

@@ -1,5 +1,6 @@
 """Streams: each image once a pass, shuffled, and a resume that goes on where it was, on any number of readers."""
 import random
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -79,17 +80,13 @@ def test_a_pass_sees_each_image_once_in_another_order(shards, workers):
 
 @pytest.mark.parametrize('workers', [2, 3, 4])
 def test_each_image_counts_the_same_in_the_long_run(shards, workers):
-    """With five files the readers have one or two each; in each pass they are other ones."""
+    """Readers take as many images each, and with five files some have two and some one; in each pass other ones."""
     batches = stream(shards, images=60, size=1, workers=0, world_size=1)
     counts = np.zeros(60)
     for slot in range(workers):
-        rows_of_slot = batches.stream._rows(slot, workers, streams.Place())
-        while True:
-            image, _, place = next(rows_of_slot)
-            if place.number == 5 * workers:
-                break
+        for image, _, _ in islice(batches.stream._rows(slot, workers, streams.Place()), 2 * 60):
             counts[int(image[0, 0, 0])] += 1
-    assert set(counts) == {5 * workers}
+    assert set(counts) == {2 * workers}
 
 
 def test_a_reader_holds_one_block_also_of_a_file_that_it_shares(shards, monkeypatch):
