@@ -146,7 +146,8 @@ def test_every_kept_run_is_known_or_belongs_to_none():
     runs = {*TARGETS['all'], *BY_MODE_AT_RECIPE_LR.values()}
     keys = {key_of_experiment(run, budget) for run in runs for budget in BUDGETS}
     others = {name for name, results in kept_runs().items() if key_of_run(results) not in keys}
-    assert others == {'cifar10_1202_part', 'imagenette', 'own_imagenette', 'svhn_generated'}  # other epochs or data than the paper's
+    # Of other epochs or data than the paper's.
+    assert others == {'cifar10_1202_part', 'imagenette', 'own_imagenette', 'svhn_generated'}
 
 
 # --- which are chosen
