@@ -25,12 +25,12 @@ import safetensors.torch
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from harness.cli import flag
 from harness.data.sources import is_public
 from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
+from harness.launch import from_main_process
 
 # Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
@@ -294,18 +294,12 @@ def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator
 
     See `find_run_folder`.
     """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [find_run_folder(settings, flags, name)]
-            found[0].create(flags)
-            found[0].lock()
-        except UserError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+    def find() -> RunFolder:
+        folder = find_run_folder(settings, flags, name)
+        folder.create(flags)
+        folder.lock()
+        return folder
+    return from_main_process(accelerator, find)
 
 
 def public_flags(flags: dict[str, Any]) -> dict[str, Any]:

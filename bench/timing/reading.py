@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -156,15 +157,9 @@ def contestants(folder: Path, images: int) -> dict[str, Open]:
             'stream, timm_sd': partial(_open_ours, parquet, True, images)}
 
 
-@contextmanager
-def _own_cache(folder: Path) -> Iterator[None]:
+def _own_cache(folder: Path) -> AbstractContextManager:
     """Within it `datasets` prepares files in `folder`, so that the first opening finds nothing prepared."""
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = folder
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = before
+    return mock.patch.object(datasets.config, 'HF_DATASETS_CACHE', folder)
 
 
 def measure_reading(images: int, data_dir: str | None, batch_size: int, rounds: int,

@@ -1,7 +1,7 @@
 """Folders of pictures, FOLDER/train/CLASS/*.jpg, opened without looking into a file.
 
 The rules are torchvision's ImageFolder's: a class is a folder, and what lies anywhere below it belongs to it.
-`datasets` opens such folders too, but takes 20 s for 20,000 files, at each start.
+`datasets` opens such folders too, but takes far longer, and at each start.
 """
 import hashlib
 import os

@@ -34,7 +34,7 @@ def seeded(seed: int) -> Iterator[None]:
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if is_main else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a tenth of a decoding, for other devices
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks all other devices too, for each image
     try:
         yield
     finally:
