@@ -37,16 +37,28 @@ class TargetSettings:
     bundle: bool = flag(False, 'into the package and hub_cards/ instead')
 
 
+def changed_from_todays_recipe(results: dict[str, Any]) -> dict[str, Any]:
+    """The flags by which a run differs from its recipe as it is now; the recipe may have been changed after the run."""
+    args, changed = results['args'], results['changed_from_recipe']
+    if not (RECIPES / f'{results["recipe"]}.yaml').exists():  # a recipe of the user's
+        return changed
+    recipe = read_recipe(results['recipe'])
+    changed = {**{key: args[key] for key in recipe if key in args}, **changed}
+    return {key: value for key, value in changed.items()
+            if key != 'model' and (key not in recipe or recipe[key] != value)}
+
+
 def compare(results: dict[str, Any]) -> Comparison:
-    """The paper's figures for a run, and the saving that was measured for its network."""
-    name = full_name(results)
+    """The figures of others for a run, how it was trained, and the saving that was measured for its network."""
+    name, recipe = full_name(results), results['recipe']
     mode, schedule, scale = method_of(results)
-    # A recipe on other data is not the paper's, whatever its name says.
-    recipe, epochs = results['recipe'], numbers.EPOCHS.get(results['recipe'])
-    if epochs is not None and read_recipe(recipe)['dataset'] != dataset_of(results):
-        epochs = None
-    saving = find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale))
-    return Comparison(numbers.error_of(name), epochs, saving)
+    depth_and_tag = numbers.depth_and_tag(name)
+    return Comparison(
+        paper=numbers.errors_of(name), public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
+        # A recipe on other data is not the paper's, whatever its name says.
+        papers_recipe=recipe in numbers.EPOCHS and read_recipe(recipe)['dataset'] == dataset_of(results),
+        changed=changed_from_todays_recipe(results),
+        saving=find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
 
 
 def check_stands_for(results: dict[str, Any], name: str) -> None:

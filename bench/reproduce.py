@@ -1,6 +1,6 @@
 """Re-runs the paper: one command a table or figure, resumable, and a report of what was run.
 
-    python bench/reproduce.py table1 --recipe cifar10 --budget short --data FOLDER  # trains what is missing
+    python bench/reproduce.py effect --budget fitted --data FOLDER  # trains what is missing; hours on a CPU
     python bench/reproduce.py fig8_right --depth 20 38 --plan    # lists it, with an estimate of the time
     python bench/reproduce.py all --cluster slurm                # hands it to a cluster (submitit)
     python bench/reproduce.py report                             # writes REPRODUCTION.md and its pictures

@@ -18,12 +18,16 @@ class Comparison(NamedTuple):
     """What a card holds the run against.
 
     Attributes:
-        paper_error: The paper's test errors of this network, in words; None where it has none.
-        paper_epochs: Epochs of the recipe in the paper, likewise.
+        paper: The paper's errors of this network (`paper.numbers.NetworkErrors`); None where it has none.
+        public: The lowest test error of public weights of this network, in percent; None where none are known.
+        papers_recipe: Whether the run's recipe is the paper's.
+        changed: The flags by which the run differs from its recipe.
         saving: What throughput.py measured of this network at this p_L: a row, and its `hardware`.
     """
-    paper_error: str | None
-    paper_epochs: int | None
+    paper: Any
+    public: float | None
+    papers_recipe: bool
+    changed: dict[str, Any]
     saving: dict[str, Any] | None
 
 
@@ -102,8 +106,7 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
             metric_value=round(100 - results['test_best']['top1_err'], 2), metric_name='Top-1 accuracy (%)')])
     return str(ModelCard.from_template(
         data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name, r=results,
-        dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size, paper=comparison.paper_error,
-        paper_epochs=comparison.paper_epochs, saving=comparison.saving, repo=repo,
+        dataset=dataset, hub_dataset=hub_dataset, classes=classes, size=size, repo=repo, **comparison._asdict(),
         is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, channels_of(results), size, size))),
         width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

@@ -2,8 +2,7 @@
 
 A training that several of them need is one training: it has one name, one run folder and one results.json.
 """
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,17 @@ from typing import Any
 from harness.recipes import changed_from_recipe, command_line, parse_train_flags, read_recipe
 from paper import numbers
 
-# Epochs of each recipe by budget; the recipe's milestones and warm-up shrink with them. `smoke` tries the machinery
-# on handwritten digits, by the recipe quickstart, and shows nothing about the paper.
-BUDGETS: dict[str, dict[str, int]] = dict(
-    full={recipe: numbers.EPOCHS[recipe] for recipe in ('cifar10', 'cifar100', 'svhn', 'imagenet', 'cifar10_1202')},
-    medium=dict(cifar10=16, cifar100=16, svhn=8, imagenet=8, cifar10_1202=16),
-    short=dict(cifar10=8, cifar100=8, svhn=4, imagenet=4, cifar10_1202=8),
-    smoke=dict(cifar10=4, cifar100=4, svhn=4, imagenet=4, cifar10_1202=4),
-)
+# How long a training is: `full` is the paper's epochs. `smoke` tries the machinery on handwritten digits, by the recipe
+# quickstart, and shows nothing about the paper.
+BUDGETS = ('full', 'fitted', 'twice', 'smoke')
+SMOKE_EPOCHS = 4
+# A regulariser can be judged where constant depth fits its training images: where the training loss of its last epoch
+# is below this, with augmentation and without.
+FITS = {True: 0.1, False: 0.02}
+# `fitted` has the fewest epochs, of those tried with 38 layers (results/reproduction/notes.md), in which constant depth
+# fits, by recipe and augmentation. Stochastic depth fits later, so this alone would be biased against it: `twice` has
+# twice as many.
+FITTED_EPOCHS = {('cifar10', False): 16, ('cifar100', False): 24, ('cifar10', True): 100}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class Experiment:
         """The data set, and the name of a folder that holds a copy of it."""
         return self.recipe.partition('_')[0]
 
+    def epochs(self, budget: str) -> int | None:
+        """Of a budget; None where nobody has tried how many constant depth needs to fit."""
+        if budget == 'smoke':
+            return SMOKE_EPOCHS
+        if budget == 'full':
+            return numbers.EPOCHS[self.recipe]
+        fitted = FITTED_EPOCHS.get((self.recipe, self.augment))
+        return fitted and fitted * dict(fitted=1, twice=2)[budget]
+
     def dataset(self, budget: str) -> str:
         """The data set by its recipe's name."""
         return read_recipe('quickstart' if budget == 'smoke' else self.recipe)['dataset']
@@ -81,21 +92,16 @@ class Experiment:
             seed: Of the run.
             data: Folder that holds a local copy of the data set under its name, or None for the Hub.
         """
-        name = 'quickstart' if budget == 'smoke' else self.recipe
-        recipe, epochs = read_recipe(name), BUDGETS[budget][self.recipe]
+        name, epochs = 'quickstart' if budget == 'smoke' else self.recipe, self.epochs(budget)
         changed: dict[str, Any] = dict(
             model=self.model, drop_path=self.drop_path, drop_path_schedule=self.schedule, drop_path_scale=self.scale,
             epochs=epochs, seed=seed, log_gradients=True)
-        if epochs != recipe['epochs']:
-            part = epochs / recipe['epochs']
-            milestones = recipe.get('decay_milestones', [recipe['epochs'] / 2, recipe['epochs'] * 3 / 4])
-            shrunk: list[int] = []
-            for epoch in milestones:
-                # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs. No phase is lost.
-                shrunk.append(max(round((epoch - 1) * part) + 1, shrunk[-1] + 1 if shrunk else 1))
-            changed['decay_milestones'] = shrunk
-            warmup = recipe.get('warmup_epochs', 0)
-            changed['warmup_epochs'] = max(1, round(warmup * part)) if warmup else 0
+        if budget in ('fitted', 'twice'):
+            recipe = read_recipe(name)
+            # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs.
+            changed['decay_milestones'] = [round((epoch - 1) * epochs / recipe['epochs']) + 1
+                                           for epoch in recipe['decay_milestones']]
+            changed.update(warmup_epochs=1, warmup_lr=0.01)  # one epoch, as the paper's ten of 1202 layers
         if self.mode != 'batch':
             changed['drop_path_mode'] = self.mode
         if not self.augment:
@@ -109,21 +115,21 @@ class Experiment:
         return ['-c', name, *command_line(changed)]
 
 
-def _key(recipe: str, dataset: str, changed: dict[str, Any]) -> str:
+def _training(recipe: str, dataset: str, epochs: int, changed: dict[str, Any]) -> dict[str, Any]:
     changed = {name: value for name, value in changed.items() if (name, value) != ('drop_path_mode', 'batch')}
-    return json.dumps([recipe, dataset, changed], sort_keys=True)
+    return dict(changed, recipe=recipe, dataset=dataset, epochs=epochs)
 
 
 @cache
-def key_of_experiment(experiment: Experiment, budget: str) -> str:
-    """What an experiment is trained by at a budget: recipe, data set, and every flag that differs from the recipe's."""
+def training_of_experiment(experiment: Experiment, budget: str) -> dict[str, Any]:
+    """What an experiment is trained by: recipe, data set, epochs, and every flag that differs from the recipe's."""
     flags = vars(parse_train_flags(experiment.flags(budget, 0, None)))
-    return _key(flags['config'], flags['dataset'], changed_from_recipe(flags))
+    return _training(flags['config'], flags['dataset'], flags['epochs'], changed_from_recipe(flags))
 
 
-def key_of_run(results: dict[str, Any]) -> str:
+def training_of_run(results: dict[str, Any]) -> dict[str, Any]:
     """What a finished run was trained by, from its results.json. The name of its folder does not matter."""
-    return _key(results['recipe'], results['dataset'], results['changed_from_recipe'])
+    return _training(results['recipe'], results['dataset'], results['epochs'], results['changed_from_recipe'])
 
 
 def with_and_without(**kwargs: Any) -> tuple[Experiment, Experiment]:
@@ -152,7 +158,10 @@ FIG8_RIGHT = {(depth, p_last): ending_in(p_last, depth=depth)
 # The three modes at the same rates. 'train' is the only scale that all of them have. At it 110 layers hardly learned by
 # the recipe's learning rate of 0.1 (results/reproduction/notes.md).
 BY_MODE = {mode: Experiment(mode=mode, scale='train', lr=0.01) for mode in ('batch', 'sample', 'subset')}
-BY_MODE_AT_RECIPE_LR = {mode: replace(experiment, lr=None) for mode, experiment in BY_MODE.items()}
+# Not in the paper: 38 layers, for the budgets `fitted` and `twice`, which a CPU can train.
+EFFECT = {data: {p_last: ending_in(p_last, depth=38, recipe=recipe, augment=augment) for p_last in (1., 0.8, 0.5)}
+          for data, recipe, augment in (('cifar10_unaugmented', 'cifar10', False),
+                                        ('cifar100_unaugmented', 'cifar100', False), ('cifar10', 'cifar10', True))}
 
 TARGETS: dict[str, list[Experiment]] = {
     'table1': [run for pair in TABLE1.values() for run in pair],
@@ -163,6 +172,7 @@ TARGETS: dict[str, list[Experiment]] = {
     'fig8_right': list(FIG8_RIGHT.values()),
     'depth1202': list(DEPTH1202),
     'modes': [TABLE1['cifar10'][0], *BY_MODE.values()],
-    'modes_recipe_lr': list(BY_MODE_AT_RECIPE_LR.values()),
 }
-TARGETS['all'] = list(dict.fromkeys(run for name, runs in TARGETS.items() if name != 'modes_recipe_lr' for run in runs))
+PAPER = list(dict.fromkeys(run for name, runs in TARGETS.items() if name != 'modes' for run in runs))
+TARGETS['all'] = list(dict.fromkeys([*PAPER, *TARGETS['modes']]))
+TARGETS['effect'] = [run for runs in EFFECT.values() for run in runs.values()]

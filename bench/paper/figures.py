@@ -5,47 +5,38 @@ from typing import Any
 from harness.plots import plt, save_figure
 
 # Lines that can be told apart in grey too.
-CONSTANT_STYLE: dict[str, Any] = dict(color='0.35', ls='--', marker='s', ms=3, label='constant depth')
-STOCHASTIC_STYLE: dict[str, Any] = dict(color='tab:orange', ls='-', marker='o', ms=3, label='stochastic depth')
+CONSTANT_STYLE: dict[str, Any] = dict(color='0.35', ls='--', marker='s', ms=3)
+STOCHASTIC_STYLE: dict[str, Any] = dict(color='tab:orange', ls='-', marker='o', ms=3)
+SOME_STYLE: dict[str, Any] = dict(color='tab:blue', ls=':', marker='^', ms=3)
 
 
-def save_losses(constant: list[dict[str, float]], stochastic: list[dict[str, float]], path: Path) -> None:
-    """Draws training loss and validation error at constant and stochastic depth, as the paper's Fig. 3.
+def save_curves(runs: dict[float, list[dict[str, float]]], path: Path) -> None:
+    """Draws training loss, validation error and gradient by epoch, as the paper's Figures 3 and 7.
 
-    Args:
-        constant: The rows of summary.csv.
-        stochastic: Likewise.
-        path: The PNG to write.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
-    for rows, style in ((constant, CONSTANT_STYLE), (stochastic, STOCHASTIC_STYLE)):
-        epochs, some = [row['epoch'] + 1 for row in rows], max(1, len(rows) // 20)
-        left.semilogy(epochs, [row['train_loss'] for row in rows], markevery=some, **style)
-        right.plot(epochs, [100 - row['eval_top1'] for row in rows], markevery=some, **style)
-    left.set(xlabel='epoch', ylabel='training loss')
-    right.set(xlabel='epoch', ylabel='validation error (%)')
-    left.legend(frameon=False)
-    save_figure(figure, (left, right), path)
-
-
-def save_gradients(constant: list[dict[str, float]], stochastic: list[dict[str, float]], path: Path) -> None:
-    """Draws the mean absolute gradient of the first block's first convolution by epoch, as the paper's Fig. 7.
+    The gradient is the mean absolute one of the first block's first convolution.
 
     Args:
-        constant: The rows of summary.csv.
-        stochastic: Likewise.
+        runs: The rows of summary.csv by p_L: 1 for constant depth, and up to two others.
         path: The PNG to write.
     """
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout='constrained')
-    for rows, style in ((constant, CONSTANT_STYLE), (stochastic, STOCHASTIC_STYLE)):
-        axes.semilogy([row['epoch'] + 1 for row in rows], [row['grad_magnitude'] for row in rows],
-                      markevery=max(1, len(rows) // 20), **style)
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout='constrained')
+    styles = {1.: dict(CONSTANT_STYLE, label='constant depth'), 0.5: STOCHASTIC_STYLE}
+    for p_last, rows in runs.items():
+        epochs = [row['epoch'] + 1 for row in rows]
+        style = {'label': f'stochastic, p_L = {p_last:g}', **styles.get(p_last, SOME_STYLE),
+                 'markevery': max(1, len(rows) // 20)}
+        panels[0].semilogy(epochs, [row['train_loss'] for row in rows], **style)
+        panels[1].plot(epochs, [100 - row['eval_top1'] for row in rows], **style)
+        panels[2].semilogy(epochs, [row['grad_magnitude'] for row in rows], **style)
+    constant = runs[1.]
     for before, row in zip(constant, constant[1:], strict=False):
         if row['lr'] < before['lr']:
-            axes.axvline(row['epoch'] + 0.5, color='0.7', lw=1)
-    axes.set(xlabel='epoch (lines: the learning rate falls)', ylabel='mean absolute gradient')
-    axes.legend(frameon=False)
-    save_figure(figure, [axes], path)
+            panels[2].axvline(row['epoch'] + 0.5, color='0.7', lw=1)
+    panels[0].set(xlabel='epoch', ylabel='training loss')
+    panels[1].set(xlabel='epoch', ylabel='validation error (%)')
+    panels[2].set(xlabel='epoch (lines: the learning rate falls)', ylabel='mean absolute gradient')
+    panels[0].legend(frameon=False)
+    save_figure(figure, panels, path)
 
 
 def save_survival(ours: dict[str, dict[float, float]], theirs: dict[str, dict[float, float]], budget: str,

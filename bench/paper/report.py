@@ -4,143 +4,118 @@ A figure is the test error at the epoch of the lowest validation error, in perce
 standard deviation where there are several. What was not run is an empty cell.
 """
 import statistics
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from harness.errors import UserError
 from harness.files import make_folder, write_atomic
 from harness.recipes import read_recipe
-from harness.run_folder import RunFolder
 from paper import numbers
-from paper.experiments import (
-    BUDGETS,
-    BY_MODE,
-    BY_MODE_AT_RECIPE_LR,
-    DEPTH1202,
-    FIG8_LEFT,
-    FIG8_RIGHT,
-    TABLE1,
-    Experiment,
-    key_of_experiment,
-    key_of_run,
-)
-from paper.figures import save_gradients, save_losses, save_map, save_survival
+from paper.experiments import BY_MODE, DEPTH1202, EFFECT, FIG8_LEFT, FIG8_RIGHT, FITS, PAPER, TABLE1, Experiment
+from paper.figures import save_curves, save_map, save_survival
+from paper.kept import Found, KeptRuns, cell, epochs, machine, machines, seeds, time_ratio
 
 # The hardware that steps were timed on, and the ratios of each mode's step to constant depth's.
 StepTimes = tuple[dict[str, Any], dict[str, dict[str, float]]]
 DATA_NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
               'cifar10_unaugmented': 'CIFAR-10', 'cifar100_unaugmented': 'CIFAR-100'}
-HEAD = """# Reproduction
+HOW = f"""A difference counts where it is more than twice its standard error: over the seeds, or of one seed over the
+test images. The last line of the table is in full because only 110 layers and 500 epochs can be held against the paper.
 
 Written by `python bench/reproduce.py report` from [runs/](../runs), the results.json and summary.csv of each finished
 run. A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
-seed, or the mean over several with its standard deviation and their number. An empty cell was not run. The budgets
-`medium` and `short` are the paper's recipe in few epochs, its learning rate steps moved in proportion: only `full` can
-be held against the paper. `smoke` tries the machinery on handwritten digits and says nothing about it.
-"""
+seed, or the mean over several with its standard deviation and their number. An empty cell was not run. A `+` is with
+augmentation. Budgets: `full` is the paper's epochs; `fitted` the fewest in which 38 layers at constant depth fit their
+training images (a training loss below {FITS[False]} at the end, {FITS[True]} with augmentation), by the paper's recipe
+with a first epoch at a learning rate of 0.01 and its steps in proportion; `twice` twice as many, since stochastic depth
+fits later. `smoke` tries the machinery on handwritten digits and says nothing about the paper."""
+WHY_NOT_YET = 'one of 110 layers takes two CPU cores a day or more'
 
 
-def has_all_cores(hardware: dict[str, Any]) -> bool:
-    """Whether a run was made by itself, not with `--processes` beside others."""
-    return hardware['threads'] * hardware['processes'] >= hardware.get('cores', 0)
+def budget_label(run: Experiment, budget: str) -> str:
+    """A budget with its epochs, for the head of a row."""
+    return f'{budget}, {run.epochs(budget)} epochs'
 
 
-class Found(NamedTuple):
-    """The finished runs of one experiment and budget, one a seed: results.json, and the rows of summary.csv."""
-    results: list[dict[str, Any]]
-    rows: list[list[dict[str, float]]]
+def verdict(constant: Sequence[float], stochastic: Sequence[float], images: int) -> str:
+    """Whether stochastic depth has the lower test error (%), by more than chance: twice the standard error.
 
-    @property
-    def errors(self) -> list[float]:
-        return [results['test_best']['top1_err'] for results in self.results]
-
-    @property
-    def seconds(self) -> list[float]:
-        """Seconds of an epoch's steps, of the runs that had all cores."""
-        return [results['epoch_seconds'] for results in self.results if has_all_cores(results['hardware'])]
-
-
-def cell(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and of several the standard deviation and their number; nothing of nothing."""
-    spread = f' ± {statistics.stdev(values):.{digits}f} ({len(values)})' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
-
-
-def machine(hardware: dict[str, Any]) -> str:
-    """The device and the precision."""
-    return f'{hardware["device"]}, {"bf16" if hardware["amp"] else "fp32"}'
-
-
-def machines(*found: Found) -> str:
-    """What these runs were made on."""
-    return '; '.join(sorted({machine(results['hardware']) for runs in found for results in runs.results}))
-
-
-def time_ratio(ours: Found, base: Found) -> str:
-    """Ratio of the seconds an epoch, if all runs had the same machine to themselves; else nothing."""
-    if not (ours.seconds and base.seconds):
-        return ''
-    keys = ('device', 'amp', 'processes', 'threads', 'cuda_graphs')  # older runs lack the last
-    kinds = {tuple(results['hardware'].get(key) or False for key in keys)
-             for runs in (ours, base) for results in runs.results}
-    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if len(kinds) == 1 else ''
-
-
-def budget_label(budget: str) -> str:
-    """A budget of CIFAR-10 with its epochs, for the head of a row."""
-    return f'{budget}, {BUDGETS[budget]["cifar10"]} epochs'
-
-
-def epochs(*found: Found) -> str:
-    """Epochs of these runs."""
-    return ', '.join(sorted({str(results['epochs']) for runs in found for results in runs.results}))
-
-
-def gradient_phases(rows: list[dict[str, float]]) -> list[float]:
-    """Mean absolute gradient of a run while the learning rate stays the same, in 1e-5.
-
-    The median over the epochs: in a short phase the first epoch, of untrained weights, would be most of the mean.
+    Args:
+        constant: Errors at constant depth, one a seed.
+        stochastic: Likewise with stochastic depth.
+        images: That one error is of.
     """
-    return [statistics.median(row['grad_magnitude'] for row in phase) * 1e5
-            for _, phase in groupby(rows, key=lambda row: row['lr'])]
+    def variance(errors: Sequence[float]) -> float:
+        if len(errors) > 1:
+            return statistics.variance(errors) / len(errors)
+        return errors[0] * (100 - errors[0]) / images
+
+    if not (constant and stochastic):
+        return 'not run'
+    gain = statistics.mean(constant) - statistics.mean(stochastic)
+    chance = 2 * (variance(constant) + variance(stochastic)) ** 0.5
+    if abs(gain) <= chance:
+        return f'no difference: {gain:.2f} ± {chance:.2f}'
+    return f'{"reproduced" if gain > 0 else "not reproduced, the opposite"}: {gain:.2f} ± {chance:.2f}'
 
 
 class Report:
-    """Finds the runs, and writes REPRODUCTION.md with its pictures beside them.
+    """Writes REPRODUCTION.md with its pictures beside it.
 
     Args:
         results: Holds runs/, and reproduction/ for the report, with notes.md if there is something to say of the runs.
         step_times: Of each mode, one for each machine; see `StepTimes`.
-
-    Raises:
-        UserError: If two runs are the same, or one can't be read.
     """
 
     def __init__(self, results: Path, step_times: Sequence[StepTimes] = ()) -> None:
         self.folder, self.times = results / 'reproduction', step_times
-        self.runs: dict[str, Found] = {}
-        for path in sorted((results / 'runs').glob('*/results.json')):
-            folder = RunFolder(path.parent)
-            run = folder.read_results()
-            if run is None:  # a link to nothing
-                continue
-            found = self.runs.setdefault(key_of_run(run), Found([], []))
-            if run['seed'] in (other['seed'] for other in found.results):
-                raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
-            found.results.append(run)
-            found.rows.append(folder.read_summary())
+        kept = KeptRuns(results / 'runs')
+        self.find, self.budgets = kept.find, kept.budgets
 
-    def find(self, experiment: Experiment, budget: str) -> Found:
-        """Its finished runs."""
-        return self.runs.get(key_of_experiment(experiment, budget), Found([], []))
+    def summary(self) -> str:
+        """What was reproduced, what was not yet, and why."""
+        lines = ['| | the paper, 110 layers | ours, 38 layers | |', '|---|---|---|---|']
+        for data, runs in EFFECT.items():
+            budget = self.budgets(runs.values())[-1]
+            constant, stochastic = self.find(runs[1.], budget), self.find(runs[0.5], budget)
+            pair, ours = numbers.TABLE1[data], ''
+            if constant.errors and stochastic.errors:
+                ours = f'{cell(constant.errors)} to {cell(stochastic.errors)}, {budget_label(runs[1.], budget)}'
+            lines.append(f'| test error by stochastic depth, {DATA_NAMES[data]} '
+                         f'| {pair.constant:.2f} to {pair.stochastic:.2f} | {ours} '
+                         f'| {verdict(constant.errors, stochastic.errors, images=10_000)} |')
+        paper = numbers.TABLE2['cifar10']
+        steps = [f'{ratios["batch"]["median"]:.2f} ({machine(hardware)})' for hardware, ratios in self.times
+                 if 'batch' in ratios]
+        lines.append(f"| training time, in constant depth's | {paper.stochastic / paper.constant:.2f} "
+                     f'| of a step of 110 layers: {", ".join(steps)} | {"reproduced" if steps else "not run"} |')
+        done = sum(bool(self.find(run, 'full').results) for run in PAPER)
+        lines.append(f'| all {len(PAPER)} trainings of Tables 1 and 2, Figures 3, 7 and 8 and 1202 layers | 500 epochs '
+                     f'| {done} run | {"done" if done == len(PAPER) else f"not yet: {WHY_NOT_YET}"} |')
+        return '\n'.join(lines)
 
-    def budgets(self, experiments: Iterable[Experiment]) -> list[str]:
-        """The budgets that some of them were run at; the first one if there are none, for its empty cells."""
-        experiments = list(experiments)
-        return [budget for budget in BUDGETS
-                if any(self.find(experiment, budget).results for experiment in experiments)] or [next(iter(BUDGETS))]
+    def effect(self) -> str:
+        """Test errors of 38 layers at the budgets at which constant depth fits."""
+        rates = (1., 0.8, 0.5)
+        lines = ['## Where constant depth fits: 38 layers\n',
+                 "Not the paper's table, which is of 110 layers and 500 epochs; a CPU can train these. L is the "
+                 'training loss of the last epoch, E the test error; p_L = 1 is constant depth.\n',
+                 '| data | budget, epochs | constant depth fits | L: p_L = 1 | 0.8 | 0.5 | E: p_L = 1 | 0.8 | 0.5 '
+                 '| seeds | on |', '|---|---|---|---|---|---|---|---|---|---|---|']
+        for data, runs in EFFECT.items():
+            pair = numbers.TABLE1[data]
+            lines.append(f'| {DATA_NAMES[data]} | paper, 110 layers, 500 epochs | | | | | {pair.constant:.2f} | '
+                         f'| {pair.stochastic:.2f} | | |')
+            for budget in self.budgets(runs.values()):
+                found = [self.find(runs[p_last], budget) for p_last in rates]
+                label = budget_label(runs[1.], budget) if epochs(*found) else ''
+                fits = ''
+                if found[0].losses:
+                    fits = 'yes' if statistics.mean(found[0].losses) < FITS[runs[1.].augment] else 'no'
+                cells = [*(cell(runs.losses, 4) for runs in found), *(cell(runs.errors) for runs in found)]
+                lines.append(f'| {DATA_NAMES[data]} | {label} | {fits} | {" | ".join(cells)} | {seeds(*found)} '
+                             f'| {machines(*found)} |')
+        return '\n'.join(lines)
 
     def pairs(self, title: str, runs: dict[str, tuple[Experiment, Experiment]], errors: dict[str, numbers.Pair]) -> str:
         """Test errors at constant and stochastic depth, a row for each data set and budget."""
@@ -150,10 +125,9 @@ class Report:
         for data, (constant, stochastic) in runs.items():
             for budget in self.budgets((constant, stochastic)):
                 ours = [self.find(run, budget) for run in (constant, stochastic)]
-                seeds = f'{len(ours[0].results)} and {len(ours[1].results)}' if epochs(*ours) else ''
                 lines.append(f'| {DATA_NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
                              f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {epochs(*ours)} '
-                             f'| {budget if seeds else ""} | {seeds} | {machines(*ours)} |')
+                             f'| {budget if epochs(*ours) else ""} | {seeds(*ours)} | {machines(*ours)} |')
         return '\n'.join(lines)
 
     def table2(self) -> str:
@@ -175,53 +149,50 @@ class Report:
                              f'| {budget if epochs(constant, stochastic) else ""} | {machines(constant, stochastic)} |')
         return '\n'.join(lines)
 
+    def compared(self) -> Iterator[tuple[str, str, dict[float, Found]]]:
+        """What Figures 3 and 7 are of: whose, a name for its file, and the runs by p_L, 1 and 0.5 among them."""
+        groups = [('cifar10', dict(zip((1., 0.5), TABLE1['cifar10'], strict=True))), *EFFECT.items()]
+        for data, runs in groups:
+            depth = runs[1.].depth
+            for budget in self.budgets(runs.values()):
+                found = {p_last: self.find(run, budget) for p_last, run in runs.items()}
+                if found[1.].rows and found[0.5].rows:
+                    label = f'{depth} layers, {DATA_NAMES[data]}, {budget_label(runs[1.], budget)}'
+                    yield label, f'{depth}-{data}', {p_last: each for p_last, each in found.items() if each.rows}
+
     def curves(self) -> str:
-        """Figures 3 and 7, drawn from the first seed of each run of CIFAR-10."""
-        target = numbers.FIG3
-        parts = [f"""## Figure 3: training loss and test error on CIFAR-10+
-
-Final training loss in the paper: {target.constant:g} at constant depth, {target.stochastic:g} with stochastic.
-Ours by validation error, since the test images are looked at once, when a run is finished; drawn is the first seed.
-""", """## Figure 7: gradients of the first block's first convolution
-
-Mean absolute gradient in the three phases of the learning rate, the median of their epochs, in 1e-5; drawn is the first
-seed.
-
-| | phase | constant | stochastic | ratio |
-|---|---|---|---|---|"""]
-        for phase, pair in enumerate(numbers.FIG7):
-            parts[1] += (f'\n| paper | {phase + 1} | {pair.constant * 1e5:.3f} | {pair.stochastic * 1e5:.3f} '
-                         f'| {pair.stochastic / pair.constant:.1f} |')
-        pictures: list[str] = []
-        for budget in self.budgets(TABLE1['cifar10']):
-            found = [self.find(run, budget) for run in TABLE1['cifar10']]
-            if not all(runs.rows for runs in found):
-                continue
-            for runs in found:
-                for run, rows in zip(*runs, strict=True):
-                    if 'grad_magnitude' not in rows[0]:
-                        raise UserError(f'summary.csv of {run["model"]}, drop_path {run["drop_path_rate"]}, seed '
-                                        f'{run["seed"]}, lacks grad_magnitude for Figure 7; train it again with '
-                                        '--log-gradients')
-            losses = [cell([rows[-1]['train_loss'] for rows in runs.rows], 4) for runs in found]
-            parts[0] += (f'\nOurs, `{budget}`, {epochs(*found)} epochs: {losses[0]} and {losses[1]}.\n'
-                         f'\n![training loss and validation error](fig3-{budget}.png)\n')
-            phases = zip(*(zip(*map(gradient_phases, runs.rows), strict=True) for runs in found), strict=True)
+        """Figures 3 and 7: the last training losses and the gradients by phase; pictures of the longest runs."""
+        target, pictures = numbers.FIG3, {}
+        losses = ['## Figures 3 and 7: training loss, error and gradients\n',
+                  'The training loss of the last epoch. Its error is the validation error, since the test images are '
+                  'looked at once, when a run is finished. Drawn is the first seed of the longest runs.\n',
+                  '| | constant | stochastic, p_L = 0.5 |', '|---|---|---|',
+                  f'| paper, 110 layers, CIFAR-10+ | {target.constant:g} | {target.stochastic:g} |']
+        gradients = ["\nMean absolute gradient of the first block's first convolution in the three phases of the "
+                     'learning rate, the median of their epochs, in 1e-5.\n',
+                     '| | phase | constant | stochastic, p_L = 0.5 | ratio |', '|---|---|---|---|---|']
+        gradients += [f'| paper, 110 layers, CIFAR-10+ | {phase} | {pair.constant * 1e5:.3f} '
+                      f'| {pair.stochastic * 1e5:.3f} | {pair.stochastic / pair.constant:.1f} |'
+                      for phase, pair in enumerate(numbers.FIG7, 1)]
+        for label, name, runs in self.compared():
+            pair = runs[1.], runs[0.5]
+            losses.append(f'| {label} | {cell(pair[0].losses, 4)} | {cell(pair[1].losses, 4)} |')
+            phases = zip(*(zip(*found.gradients, strict=True) for found in pair), strict=True)
             for number, (constant, stochastic) in enumerate(phases, 1):
                 ratio = statistics.mean(stochastic) / statistics.mean(constant)
-                parts[1] += (f'\n| `{budget}`, {epochs(*found)} epochs | {number} | {cell(constant, 3)} '
-                             f'| {cell(stochastic, 3)} | {ratio:.1f} |')
-            pictures.append(f'![gradient magnitudes](fig7-{budget}.png)')
-            first = found[0].rows[0], found[1].rows[0]
-            save_losses(*first, self.folder / f'fig3-{budget}.png')
-            save_gradients(*first, self.folder / f'fig7-{budget}.png')
-        return '\n\n'.join([*parts, *pictures])
+                gradients.append(f'| {label} | {number} | {cell(constant, 3)} | {cell(stochastic, 3)} | {ratio:.1f} |')
+            pictures[f'curves-{name}.png'] = label, {p_last: found.rows[0] for p_last, found in runs.items()}
+        for file, (_, rows) in pictures.items():
+            save_curves(rows, self.folder / file)
+        shown = [f'\n{label}:\n\n![training loss, validation error and gradient by epoch]({file})'
+                 for file, (label, _) in pictures.items()]
+        return '\n'.join([*losses, *gradients, *shown])
 
     def survival(self) -> str:
         """Figure 8, left: test error over p_L, by schedule."""
         lines = ['## Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+\n']
         for budget in self.budgets(FIG8_LEFT.values()):
-            probabilities = sorted({p_last for _, p_last in FIG8_LEFT})
+            probabilities, label = sorted({p_last for _, p_last in FIG8_LEFT}), budget_label(Experiment(), budget)
             lines += ['| | ' + ' | '.join(f'{value:g}' for value in probabilities) + ' |',
                       '|---' * (len(probabilities) + 1) + '|']
             ours: dict[str, dict[float, float]] = {}
@@ -229,11 +200,11 @@ seed.
                 found = {value: self.find(FIG8_LEFT[schedule, value], budget) for value in errors}
                 ours[schedule] = {value: statistics.mean(runs.errors) for value, runs in found.items() if runs.errors}
                 for who, cells in (('paper', {value: f'{error:.2f}' for value, error in errors.items()}),
-                                   (budget_label(budget), {value: cell(runs.errors) for value, runs in found.items()})):
+                                   (label, {value: cell(runs.errors) for value, runs in found.items()})):
                     lines.append(f'| {who}, {schedule} | ' + ' | '.join(
                         cells.get(value, '') for value in probabilities) + ' |')
             if any(ours.values()):
-                save_survival(ours, numbers.FIG8_LEFT, budget_label(budget), self.folder / f'fig8_left-{budget}.png')
+                save_survival(ours, numbers.FIG8_LEFT, label, self.folder / f'fig8_left-{budget}.png')
                 lines.append(f'\n![test error over p_L](fig8_left-{budget}.png)\n')
         return '\n'.join(lines)
 
@@ -241,7 +212,8 @@ seed.
         """Figure 8, right: test error over depth and p_L."""
         lines = ['## Figure 8, right: depth and p_L on CIFAR-10+, linear decay\n']
         for budget in self.budgets(FIG8_RIGHT.values()):
-            lines += [f"The paper's / ours ({budget_label(budget)}):\n",
+            label = budget_label(Experiment(), budget)
+            lines += [f"The paper's / ours ({label}):\n",
                       '| p_L | ' + ' | '.join(f'{depth} layers' for depth in numbers.DEPTHS) + ' |',
                       '|---' * (len(numbers.DEPTHS) + 1) + '|']
             ours: dict[float, dict[int, float]] = {}
@@ -251,7 +223,7 @@ seed.
                 lines.append(f'| {p_last:g} | ' + ' | '.join(
                     f'{errors[depth]:.2f} / {cell(found[depth].errors)}' for depth in numbers.DEPTHS) + ' |')
             if any(ours.values()):
-                save_map(numbers.FIG8_RIGHT, ours, budget_label(budget), self.folder / f'fig8_right-{budget}.png')
+                save_map(numbers.FIG8_RIGHT, ours, label, self.folder / f'fig8_right-{budget}.png')
                 lines.append(f'\n![test error over depth and p_L](fig8_right-{budget}.png)\n')
         return '\n'.join(lines)
 
@@ -266,9 +238,8 @@ seed.
                  '`train` divides it by p_l in training.\n',
                  '| dropped | scale | learning rate | test error | epochs | budget | seeds | on |',
                  '|---|---|---|---|---|---|---|---|']
-        rows = [('nothing', constant), ('batch', stochastic), *BY_MODE.items(), *BY_MODE_AT_RECIPE_LR.items()]
-        for budget in self.budgets([*BY_MODE.values(), *BY_MODE_AT_RECIPE_LR.values()]):
-            for name, run in rows:
+        for budget in self.budgets(BY_MODE.values()):
+            for name, run in [('nothing', constant), ('batch', stochastic), *BY_MODE.items()]:
                 found = self.find(run, budget)
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
                              f'| {cell(found.errors)} | {epochs(found)} | {budget} | {len(found.results) or ""} '
@@ -289,7 +260,8 @@ seed.
     def write(self) -> Path:
         """Writes everything; returns the path of REPRODUCTION.md."""
         make_folder(self.folder, '--results')
-        parts = [HEAD, self.pairs('Table 1: test error', TABLE1, numbers.TABLE1), self.table2(), self.curves(),
+        parts = ['# Reproduction', self.summary(), HOW, self.effect(),
+                 self.pairs('Table 1: test error', TABLE1, numbers.TABLE1), self.table2(), self.curves(),
                  self.survival(), self.depth_map(),
                  self.pairs('1202 layers', {'cifar10': DEPTH1202}, {'cifar10': numbers.DEPTH1202}), self.modes()]
         notes = self.folder / 'notes.md'  # what a person has to say of the results

@@ -15,16 +15,18 @@ from harness.files import make_folder, write_atomic
 from harness.machine import cores
 from harness.paths import RESULTS, TRAIN
 from harness.run_folder import RunFolder, without_paths
-from paper.experiments import BUDGETS, TARGETS, Experiment
+from paper import numbers
+from paper.experiments import BUDGETS, TARGETS, Experiment, training_of_experiment, training_of_run
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
     """Which runs."""
-    budget: str = flag('full', "the paper's epochs, or less", choices=BUDGETS)
+    budget: str = flag('full', "the paper's epochs; as many as constant depth needs to fit, or twice that; or a trial "
+                              'on digits', choices=BUDGETS)
     seeds: list[int] = flag([0], 'a run for each', type=int, nargs='+', metavar='SEED')
     data: Path | None = flag(None, 'holds cifar10/, svhn/ ... (default: the Hub)', type=Path, metavar='FOLDER')
-    recipe: list[str] | None = flag(None, 'only these data sets', choices=BUDGETS['full'], nargs='+')
+    recipe: list[str] | None = flag(None, 'only these data sets', choices=numbers.EPOCHS, nargs='+')
     depth: list[int] | None = flag(None, 'only these depths', type=positive_int, nargs='+')
     drop_path: list[float] | None = flag(None, 'only these 1 - p_L', type=drop_rate, nargs='+')
 
@@ -66,11 +68,36 @@ class Run(NamedTuple):
 
     @property
     def epochs(self) -> int:
-        return BUDGETS[self.budget][self.experiment.recipe]
+        epochs = self.experiment.epochs(self.budget)
+        assert epochs is not None  # `choose_runs` leaves out the others
+        return epochs
 
     @property
     def is_complete(self) -> bool:
-        return RunFolder(self.results / self.name).read_results() is not None
+        return self.read_results(self.results) is not None
+
+    def read_results(self, place: Path) -> dict[str, Any] | None:
+        """The run's results.json in a folder of run folders; None before it is complete.
+
+        Raises:
+            UserError: If it can't be read, or is that of another training: the report would not take it for this one.
+        """
+        folder = RunFolder(place / self.name)
+        results = folder.read_results()
+        if results is None:
+            return None
+        expected = dict(training_of_experiment(self.experiment, self.budget), seed=self.seed)
+        found = dict(training_of_run(results), seed=results['seed'])
+        if found['dataset'] != expected['dataset']:
+            raise UserError(f'{folder.path} was trained on {found["dataset"]!r}, which is no copy of '
+                            f'{expected["dataset"]} that the recipe knows; see --fingerprint of train.py, or take the '
+                            'data from the Hub')
+        differing = [f'{key} {found.get(key)} where it is {expected.get(key)}'
+                     for key in {**expected, **found} if found.get(key) != expected.get(key)]
+        if differing:
+            raise UserError(f'{folder.path} is no run of budget {self.budget}: it has {", ".join(differing)} there; '
+                            'move it elsewhere')
+        return results
 
     def is_recorded(self, settings: RunSettings) -> bool:
         """Whether its steps become CUDA graphs: where --cuda-graphs asks for it, and it can be."""
@@ -81,19 +108,11 @@ class Run(NamedTuple):
         return max(RunFolder(place / self.name).epochs_written() for place in (self.results, self.output))
 
     def copy_results(self) -> None:
-        """Copies what the report reads, if the training is complete.
-
-        Raises:
-            UserError: If it was trained on other data than the paper's: the report would leave it out without a word.
-        """
+        """Copies what the report reads, if the training is complete; see `read_results`."""
         folder, copy = self.output / self.name, self.results / self.name
-        results = RunFolder(folder).read_results()
+        results = self.read_results(self.output)
         if results is not None:
             RunFolder(folder).read_summary()  # is it whole?
-            expected = self.experiment.dataset(self.budget)
-            if results['dataset'] != expected:
-                raise UserError(f'{folder} was trained on {results["dataset"]!r}, which is no copy of {expected} that '
-                                'the recipe knows; see --fingerprint of train.py, or take the data from the Hub')
             make_folder(copy, '--results')
             write_atomic(copy / 'summary.csv', (folder / 'summary.csv').read_bytes())
             RunFolder(copy).write_results(without_paths(results))  # last: it marks the copy as complete
@@ -143,6 +162,10 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
               if all(getattr(experiment, key) in values for key, values in filters.items())]
     if not chosen:
         raise UserError(f'{target} has no run that is of {" and ".join(map(str, filters.values()))} at once')
+    unknown = [experiment.name(choice.budget, 0) for experiment in chosen if experiment.epochs(choice.budget) is None]
+    if unknown:
+        raise UserError(f'nobody has tried how many epochs constant depth needs to fit for {len(unknown)} of the '
+                        f'{len(chosen)} runs, such as {unknown[0]}; choose others with --recipe, or --budget full')
     if choice.data is not None and choice.budget != 'smoke':
         missing = sorted({experiment.data for experiment in chosen if not (choice.data / experiment.data).is_dir()})
         if missing:

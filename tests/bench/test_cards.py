@@ -53,8 +53,9 @@ def test_card_states_what_was_measured(name):
     assert training['learning rate'].startswith(f'{args["lr"]}, ')
     assert training['epochs, batch'] == f'{results["epochs"]}, 128'
     assert training['images'].startswith('45000 training, 5000 validation, 10000 test')
-    assert "**A short budget, not the paper's**" in parts['Training']
-    assert f'{results["epochs"]} epochs, where the paper trains 500' in parts['Training']
+    assert "**Not by the paper's recipe**" in parts['Training']
+    paper, = re.findall(r'^The paper reports (\S+) at p_L = .* after 500 epochs.$', parts['Results'], re.MULTILINE)
+    assert f'are {results["test_best"]["top1_err"] - float(paper):.2f} points above the former' in parts['Results']
 
 
 @each
@@ -125,28 +126,42 @@ def test_what_was_not_measured_is_said_so():
     assert '| saving | not measured at this p_L |' in make_card(results, compare(results))
 
 
-@pytest.mark.parametrize(('model', 'dataset', 'errors'), [
-    ('sd_resnet110_cifar.c10', 'uoft-cs/cifar10', ['5.25 at p_L = 0.5', '6.41 at constant depth', 'Table 1']),
-    ('sd_resnet110_cifar.c100', 'uoft-cs/cifar100', ['24.98 at p_L = 0.5', '27.76 at constant depth', 'Table 1']),
-    ('sd_resnet152_cifar.svhn', 'ufldl-stanford/svhn', ['1.75 at p_L = 0.5', '1.80 at constant depth', 'Table 1']),
-    ('sd_resnet1202_cifar.c10', 'uoft-cs/cifar10', ['4.91 at p_L = 0.5', '6.67 at constant depth', 'section 4']),
-    ('sd_resnet20_cifar.c10', 'uoft-cs/cifar10', ['7.60 at p_L = 0.9', '8.31 at constant depth', 'Fig. 8']),
-    ('sd_resnet20_cifar.c10', 'my/pictures', None), ('sd_resnet44_cifar.c10', 'uoft-cs/cifar10', None),
-    ('sd_resnet18', 'ILSVRC/imagenet-1k', None),
+@pytest.mark.parametrize(('model', 'dataset', 'errors', 'public'), [
+    ('sd_resnet110_cifar.c10', 'uoft-cs/cifar10', (5.25, 0.5, 6.41, 'Table 1', 500), None),
+    ('sd_resnet110_cifar.c100', 'uoft-cs/cifar100', (24.98, 0.5, 27.76, 'Table 1', 500), None),
+    ('sd_resnet152_cifar.svhn', 'ufldl-stanford/svhn', (1.75, 0.5, 1.80, 'Table 1', 50), None),
+    ('sd_resnet1202_cifar.c10', 'uoft-cs/cifar10', (4.91, 0.5, 6.67, 'section 4', 300), None),
+    ('sd_resnet20_cifar.c10', 'uoft-cs/cifar10', (7.60, 0.9, 8.31, 'Fig. 8', 500), 7.40),
+    ('sd_resnet56_cifar.c10', 'uoft-cs/cifar10', (5.66, 0.8, 6.27, 'Fig. 8', 500), 5.63),  # the best p_L
+    ('sd_resnet56_cifar.c100', 'uoft-cs/cifar100', None, 27.37),
+    ('sd_resnet20_cifar.c10', 'my/pictures', None, None), ('sd_resnet44_cifar.c10', 'uoft-cs/cifar10', None, 5.99),
+    ('sd_resnet18', 'ILSVRC/imagenet-1k', None, None),
 ])
-def test_the_papers_error_of_the_same_network_and_data(model, dataset, errors):
-    found = compare(made_up(model=model, dataset=dataset)).paper_error
-    assert (found is None) == (errors is None)
-    assert all(words in found for words in errors or ())
+def test_the_errors_of_others_are_of_the_same_network_and_data(model, dataset, errors, public):
+    found = compare(made_up(model=model, dataset=dataset))
+    assert (found.paper, found.public) == (errors, public)
 
 
-@pytest.mark.parametrize(('epochs', 'words'), [
-    (8, ["**A short budget, not the paper's**: 8 epochs, where the paper trains 500"]),
-    (500, ["The paper's full length, 500 epochs"])])
-def test_a_short_budget_is_said_to_be_one(epochs, words):
-    results = made_up(epochs=epochs)
-    card = make_card(results, compare(results))
-    assert all(word in card for word in words)
+@pytest.mark.parametrize(('flags', 'words'), [
+    (dict(epochs=500, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5),
+     "By the paper's recipe, in full: `cifar10`, 500 epochs."),
+    (dict(epochs=8, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5),
+     "**By the paper's recipe with changes**: `cifar10`; changed: epochs 8."),
+    (dict(dataset='my/pictures'), "**Not by the paper's recipe**, but by this project's `cifar10`"),
+    (dict(config='quickstart'), "**Not by the paper's recipe**, but by this project's `quickstart`"),
+], ids=str)
+def test_whose_recipe_it_was_is_said(flags, words):
+    results = made_up(**flags)
+    assert words in make_card(results, compare(results))
+
+
+def test_changed_is_what_differs_from_the_recipe_of_today():
+    """A recipe may be changed after a run by it: what was a change no longer is one, and the other way round."""
+    results = made_up(lr=0.2, smoothing=0.1)
+    results['changed_from_recipe'] = dict(lr=0.2, smoothing=0.1, momentum=0.9)
+    results['args']['weight_decay'] = 3e-4
+    changed = compare(results).changed
+    assert changed == dict(lr=0.2, smoothing=0.1, weight_decay=3e-4, epochs=100, decay_milestones=[51, 76])
 
 
 def test_weights_of_other_data_get_a_tag_of_their_own():

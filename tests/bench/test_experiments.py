@@ -12,18 +12,18 @@ from paper import numbers
 from paper.experiments import (
     BUDGETS,
     BY_MODE,
-    BY_MODE_AT_RECIPE_LR,
     DEPTH1202,
+    EFFECT,
     FIG8_LEFT,
     FIG8_RIGHT,
     TABLE1,
     TARGETS,
     Experiment,
-    key_of_experiment,
-    key_of_run,
+    training_of_experiment,
+    training_of_run,
 )
 from paper.runs import ChoiceSettings, RunSettings, choose_runs
-from support.runs import kept_runs, made_up
+from support.runs import OF_NO_BUDGET, kept_runs, made_up
 
 
 def test_trainings_that_several_figures_need_are_one():
@@ -32,15 +32,20 @@ def test_trainings_that_several_figures_need_are_one():
     assert len(TARGETS['fig8_right']) == 36
     names = [run.name('full', 0) for run in TARGETS['all']]
     assert len(set(names)) == len(names)
-    assert all(run.name('full', 0) not in names for run in BY_MODE_AT_RECIPE_LR.values())  # known not to train
+
+
+def experiments(budget):
+    """All that can be trained at a budget."""
+    return [run for run in dict.fromkeys(TARGETS['all'] + TARGETS['effect']) if run.epochs(budget) is not None]
 
 
 @pytest.mark.parametrize('budget', BUDGETS)
-def test_no_two_trainings_have_the_same_key(budget):
-    runs = {*TARGETS['all'], *BY_MODE_AT_RECIPE_LR.values()}
+def test_no_two_trainings_are_taken_for_each_other(budget):
+    runs = experiments(budget)
     if budget == 'smoke':  # one recipe for all, so without their augmentation two are the same
-        runs -= {run for run in runs if not run.augment or run.recipe == 'cifar10_1202'}
-    assert len({key_of_experiment(run, budget) for run in runs}) == len(runs)
+        runs = [run for run in runs if run.augment and run.recipe != 'cifar10_1202']
+    trainings = [training_of_experiment(run, budget) for run in runs]
+    assert all(trainings.count(training) == 1 for training in trainings)
 
 
 def test_figures_of_the_same_network_agree_in_the_paper():
@@ -54,16 +59,11 @@ def test_figures_of_the_same_network_agree_in_the_paper():
 # --- the schedules
 
 
-def test_a_budget_shrinks_the_schedule_and_changes_nothing_else():
-    full, short = (dict(zip(flags, flags[1:], strict=False)) for flags in (
-        Experiment().flags(budget, 0, None) for budget in ('full', 'short')))
-    assert full['--epochs'] == '500'
-    assert '--decay-milestones' not in full  # the recipe's
-    assert (short['--epochs'], short['--decay-milestones']) == ('8', '5')
-    for flag in ('-c', '--model', '--drop-path', '--drop-path-scale'):
-        assert full[flag] == short[flag]
-    args = parse_train_flags(Experiment().flags('full', 0, None))
-    assert changed_from_recipe(vars(args)) == {}
+def test_a_budget_shrinks_the_schedule_begins_low_and_changes_nothing_else():
+    full, fitted = (vars(parse_train_flags(Experiment().flags(budget, 0, None))) for budget in ('full', 'fitted'))
+    assert changed_from_recipe(full) == {}
+    assert {key for key in full if full[key] != fitted[key]} == {
+        'epochs', 'decay_milestones', 'warmup_epochs', 'warmup_lr'}
 
 
 @pytest.mark.parametrize('runs', [TABLE1['cifar10'], TABLE1['cifar100_unaugmented'], TABLE1['svhn'],
@@ -75,8 +75,13 @@ def test_constant_depth_differs_in_nothing_but_the_rate(runs):
 
 
 def test_the_ways_of_dropping_start_at_a_learning_rate_they_bear():
-    rates = [parse_train_flags(runs['sample'].flags('short', 0, None)).lr for runs in (BY_MODE, BY_MODE_AT_RECIPE_LR)]
-    assert rates == [0.01, 0.1]
+    assert parse_train_flags(BY_MODE['sample'].flags('fitted', 0, None)).lr == 0.01
+
+
+def test_twice_is_twice():
+    for run in experiments('fitted'):
+        assert run.epochs('twice') == 2 * run.epochs('fitted') < run.epochs('full')
+    assert {run for runs in EFFECT.values() for run in runs.values()} <= set(experiments('fitted'))
 
 
 def rates_by_epoch(experiment, budget):
@@ -91,23 +96,34 @@ def rates_by_epoch(experiment, budget):
 
 
 @pytest.mark.parametrize(('experiment', 'budget', 'phases'), [
-    (TABLE1['cifar10'][1], 'short', [(0.1, 4), (0.01, 2), (0.001, 2)]),
-    (TABLE1['cifar10'][1], 'medium', [(0.1, 8), (0.01, 4), (0.001, 4)]),
-    (TABLE1['svhn'][1], 'short', [(0.1, 2), (0.01, 1), (0.001, 1)]),
-    (TABLE1['svhn'][1], 'medium', [(0.1, 5), (0.01, 1), (0.001, 2)]),  # milestones 30 and 35 of 50 would be one
-    (TABLE1['imagenet'][1], 'short', [(0.1, 1), (0.01, 1), (0.001, 1), (0.0001, 1)]),
-    (DEPTH1202[1], 'short', [(0.01, 1), (0.1, 3), (0.01, 2), (0.001, 2)]),
-    (BY_MODE['sample'], 'short', [(0.01, 4), (0.001, 2), (0.0001, 2)]),
+    (TABLE1['cifar10'][1], 'full', [(0.1, 249), (0.01, 125), (0.001, 126)]),  # as the original
+    (TABLE1['svhn'][1], 'full', [(0.1, 29), (0.01, 5), (0.001, 16)]),
+    (TABLE1['imagenet'][1], 'full', [(0.1, 30), (0.01, 30), (0.001, 30), (0.0001, 30)]),
+    (DEPTH1202[1], 'full', [(0.01, 10), (0.1, 139), (0.01, 75), (0.001, 76)]),
+    (TABLE1['cifar10'][1], 'fitted', [(0.01, 1), (0.1, 49), (0.01, 25), (0.001, 25)]),
+    (TABLE1['cifar10'][1], 'twice', [(0.01, 1), (0.1, 99), (0.01, 50), (0.001, 50)]),
+    (BY_MODE['sample'], 'fitted', [(0.01, 50), (0.001, 25), (0.0001, 25)]),
 ])
-def test_a_short_schedule_has_every_phase(experiment, budget, phases):
+def test_the_learning_rates(experiment, budget, phases):
     assert rates_by_epoch(experiment, budget) == phases
+
+
+@pytest.mark.parametrize('run', TARGETS['effect'], ids=lambda run: run.name('fitted', 0))
+@pytest.mark.parametrize('budget', ['fitted', 'twice'])
+def test_no_phase_is_lost_in_few_epochs(run, budget):
+    epochs = run.epochs(budget)
+    warmup, *phases = rates_by_epoch(run, budget)
+    assert warmup == (0.01, 1)
+    assert [rate for rate, _ in phases] == [0.1, 0.01, 0.001]
+    for (_, length), part in zip(phases, (0.5 * epochs - 1, 0.25 * epochs, 0.25 * epochs), strict=True):
+        assert abs(length - part) <= 1
 
 
 @pytest.mark.parametrize('budget', BUDGETS)
 def test_every_training_has_flags_that_train_py_takes(budget):
-    for run in {*TARGETS['all'], *BY_MODE_AT_RECIPE_LR.values()}:
+    for run in experiments(budget):
         flags = group_flags(parse_train_flags(run.flags(budget, 0, None)))
-        assert flags.optimizer.decay_milestones[-1] <= flags.optimizer.epochs
+        assert flags.optimizer.decay_milestones[-1] <= flags.optimizer.epochs or budget == 'smoke'
 
 
 def test_smoke_is_the_quickstart():
@@ -130,7 +146,7 @@ def test_a_copy_of_the_data_lies_in_a_folder_of_its_name(tmp_path):
     dict(config='cifar10_short'), dict(dataset='generated'),
 ], ids=str)
 def test_a_run_of_another_setting_is_another_training(change):
-    assert key_of_run(made_up(**change)) != key_of_experiment(Experiment(), 'short')
+    assert training_of_run(made_up(**change)) != training_of_experiment(Experiment(), 'fitted')
 
 
 @pytest.mark.parametrize('change', [
@@ -139,15 +155,19 @@ def test_a_run_of_another_setting_is_another_training(change):
     dict(experiment='by-hand'),
 ], ids=str)
 def test_what_the_paper_does_not_say_makes_no_other_training(change):
-    assert key_of_run(made_up(**change)) == key_of_experiment(Experiment(), 'short')
+    assert training_of_run(made_up(**change)) == training_of_experiment(Experiment(), 'fitted')
 
 
 def test_every_kept_run_is_known_or_belongs_to_none():
-    runs = {*TARGETS['all'], *BY_MODE_AT_RECIPE_LR.values()}
-    keys = {key_of_experiment(run, budget) for run in runs for budget in BUDGETS}
-    others = {name for name, results in kept_runs().items() if key_of_run(results) not in keys}
-    # Of other epochs or data than the paper's.
-    assert others == {'cifar10_1202_part', 'imagenette', 'own_imagenette', 'svhn_generated'}
+    known = [training_of_experiment(run, budget) for budget in BUDGETS for run in experiments(budget)]
+    assert {name for name, results in kept_runs().items() if training_of_run(results) not in known} == OF_NO_BUDGET
+
+
+def test_a_recipe_that_was_changed_since_makes_no_full_run_of_other_epochs():
+    results = made_up(epochs=300, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5)
+    del results['changed_from_recipe']['epochs']
+    assert training_of_run(dict(results, epochs=500)) == training_of_experiment(Experiment(), 'full')
+    assert training_of_run(results) != training_of_experiment(Experiment(), 'full')
 
 
 # --- which are chosen

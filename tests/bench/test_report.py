@@ -1,21 +1,24 @@
 """The reproduction report: which runs it takes, and that its cells are what these runs say."""
+import csv
 import json
 import shutil
+import statistics
 
 import pytest
 
 import paper.figures
+from harness.recipes import parse_train_flags
 from harness.run_folder import COLUMNS
 from paper import numbers
-from paper.experiments import TABLE1, Experiment
-from paper.report import Found, Report, gradient_phases, machine, machines, time_ratio
+from paper.experiments import EFFECT, TABLE1, Experiment
+from paper.kept import Found, gradient_phases, machine, machines, time_ratio
+from paper.report import DATA_NAMES, Report, verdict
 from support.commands import BENCH, refused, run_here
 from support.markdown import pictures, sections, tables
-from support.runs import add_run, kept_runs, made_up
+from support.runs import FITTED, OF_NO_BUDGET, add_run, kept_runs, made_up
 
-# What the folder of 110 layers, p_L = 0.5, in eight epochs is called.
-NAME = 'cifar10-110-0.5-linear-short-0'
-EPOCHS = {'full': 500, 'medium': 16, 'short': 8}
+# What the folder of 110 layers, p_L = 0.5, at the budget `fitted` is called.
+NAME = 'cifar10-110-0.5-linear-fitted-0'
 
 
 # --- the committed report
@@ -39,17 +42,18 @@ def parts(written):
     return sections((written / 'REPRODUCTION.md').read_text())
 
 
-def error(dataset='uoft-cs/cifar10', **flags):
-    """The test error of the one kept run with these flags, read without the report's code; '' if there is none."""
-    wanted = {**dict(config='cifar10', drop_path_schedule='linear', drop_path_scale='eval', lr=0.1, crop_padding=4),
-              **flags}
-    modes = (None, 'batch') if wanted.get('drop_path_mode', 'batch') == 'batch' else (wanted['drop_path_mode'],)
-    wanted.pop('drop_path_mode', None)
-    found = [f'{results["test_best"]["top1_err"]:.2f}' for results in kept_runs().values()
-             if results['dataset'] == dataset and results['args']['drop_path_mode'] in modes
-             and all(results['args'][key] == value for key, value in wanted.items())]
-    assert len(found) < 2
-    return found[0] if found else ''
+def kept(data, p_last, epochs):
+    """The kept runs of 38 layers, read without the report's code."""
+    dataset, _, is_plain = data.partition('_')
+    return [results for name, results in kept_runs().items() if name not in OF_NO_BUDGET
+            and results['dataset'] == f'uoft-cs/{dataset}' and results['epochs'] == epochs
+            and results['model'].startswith('sd_resnet38_') and results['args']['drop_path'] == round(1 - p_last, 1)
+            and results['args']['crop_padding'] == (0 if is_plain else 4)]
+
+
+def mean(values, digits=2):
+    spread = f' ± {statistics.stdev(values):.{digits}f} ({len(values)})' if len(values) > 1 else ''
+    return f'{sum(values) / len(values):.{digits}f}{spread}' if values else ''
 
 
 def test_the_committed_report_is_what_the_kept_runs_make(written):
@@ -60,56 +64,38 @@ def test_the_committed_report_is_what_the_kept_runs_make(written):
 
 def test_every_picture_of_the_report_is_drawn(written):
     shown = pictures((written / 'REPRODUCTION.md').read_text())
-    assert len(shown) == len(set(shown)) == 8
+    assert len(shown) == len(set(shown))
     assert all((written / name).read_bytes().startswith(b'\x89PNG') for name in shown)
     assert all((written / name).stat().st_size > 10_000 for name in shown)
 
 
-def test_table_1_has_the_errors_of_the_kept_runs(parts):
-    (_, *rows), = tables(parts['Table 1: test error'])
-    assert len(rows) == 7
-    for row, (data, budget) in zip(rows, [('cifar10', 'medium'), ('cifar10', 'short'), ('cifar100', 'medium')],
-                                   strict=False):
-        tag = dict(cifar10='c10', cifar100='c100')[data]
-        assert row[3:5] == [error(f'uoft-cs/{data}', config=data, model=f'sd_resnet110_cifar.{tag}', drop_path=rate,
-                                  epochs=EPOCHS[budget]) for rate in (0., 0.5)]
-        assert all(row[3:5])
-        assert row[5:8] == [str(EPOCHS[budget]), budget, '1 and 1']
-    assert all(row[3:] == [''] * 6 for row in rows[3:])
+def test_what_constant_depth_fits_has_the_errors_of_the_kept_runs(parts):
+    (_, *rows), = tables(parts['Where constant depth fits: 38 layers'])
+    shown = 0
+    for name, budget, fits, *cells, seeds, _ in rows:
+        if budget.startswith('paper') or not budget:
+            continue
+        data = {value: key for key, value in DATA_NAMES.items()}[name]
+        epochs = int(budget.split(', ')[1].split()[0])
+        found = [kept(data, p_last, epochs) for p_last in (1., 0.8, 0.5)]
+        assert cells[3:] == [mean([run['test_best']['top1_err'] for run in runs]) for runs in found]
+        losses = [[last_loss(run) for run in runs] for runs in found]
+        assert cells[:3] == [mean(values, 4) for values in losses]
+        assert fits == ('yes' if sum(losses[0]) / len(losses[0]) < (0.1 if '+' in name else 0.02) else 'no')
+        assert seeds == ', '.join(str(len(runs)) for runs in found)
+        shown += sum(map(len, found))
+    assert shown == len(kept_runs().keys() - OF_NO_BUDGET)
 
 
-def test_figure_8_has_the_errors_of_the_kept_runs(parts):
-    for budget, table in zip(('medium', 'short'), tables(parts['Figure 8, right: depth and p_L on CIFAR-10+, '
-                                                               'linear decay']), strict=True):
-        depths = [int(cell.split()[0]) for cell in table[0][1:]]
-        assert depths == [20, 38, 56, 74, 92, 110]
-        for p_last, *cells in table[1:]:
-            ours = [cell.partition(' / ')[2] or cell.partition(' /')[2] for cell in cells]
-            assert ours == [error(model=f'sd_resnet{depth}_cifar.c10', drop_path=round(1 - float(p_last), 1),
-                                  epochs=EPOCHS[budget]) for depth in depths]
-    left = tables(parts['Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+'])
-    for budget, table in zip(('medium', 'short'), left, strict=True):
-        assert [row[0] for row in table[1:]] == [
-            'paper, linear', f'{budget}, {EPOCHS[budget]} epochs, linear',
-            'paper, uniform', f'{budget}, {EPOCHS[budget]} epochs, uniform']
-        for row, schedule in ((table[2], 'linear'), (table[4], 'uniform')):
-            for p_last, cell in zip(table[0][1:], row[1:], strict=True):
-                # at p_L = 1 the schedule decides nothing
-                assert cell == error(model='sd_resnet110_cifar.c10', drop_path=round(1 - float(p_last), 1),
-                                     drop_path_schedule=schedule if p_last != '1' else 'linear', epochs=EPOCHS[budget])
+def last_loss(results):
+    """The training loss of a kept run's last epoch."""
+    (folder,) = [BENCH / 'results' / 'runs' / name for name, other in kept_runs().items() if other == results]
+    *_, row = csv.DictReader((folder / 'summary.csv').read_text().splitlines())
+    return float(row['train_loss'])
 
 
-def test_the_ways_of_dropping_have_the_errors_of_the_kept_runs(parts):
-    errors, times = tables(parts['Beyond the paper: what is dropped'])
-    assert len(errors) == 1 + 2 * 8
-    for what, scale, rate, cell, _, budget, seeds, _ in errors[1:]:
-        flags = dict(model='sd_resnet110_cifar.c10', epochs=EPOCHS[budget], lr=float(rate))
-        if what == 'nothing':
-            assert scale == ''
-            assert cell == error(**flags, drop_path=0.)
-        else:
-            assert cell == error(**flags, drop_path=0.5, drop_path_scale=scale, drop_path_mode=what)
-        assert seeds == ('1' if cell else '')
+def test_the_ways_of_dropping_have_the_times_that_were_measured(parts):
+    _, times = tables(parts['Beyond the paper: what is dropped'])
     for device, *cells in times[1:]:
         amp = 'bf16' in device
         rows = [(row['mode'], row['ratio']) for path in (BENCH / 'results' / 'timing').glob('throughput_modes*.json')
@@ -120,12 +106,42 @@ def test_the_ways_of_dropping_have_the_errors_of_the_kept_runs(parts):
             mode: ratios.get(mode, '') for mode in ('batch', 'sample', 'subset')}
 
 
-def test_no_kept_run_of_the_paper_is_left_out(parts):
-    cells = [cell for text in parts.values() for table in tables(text) for row in table for cell in row]
-    cells += [cell.partition(' / ')[2] for cell in cells]
-    for name, results in kept_runs().items():
-        is_shown = f'{results["test_best"]["top1_err"]:.2f}' in cells
-        assert is_shown == (name not in ('cifar10_1202_part', 'imagenette', 'own_imagenette', 'svhn_generated')), name
+# --- the table that it opens with
+
+
+@pytest.mark.parametrize(('constant', 'stochastic', 'images', 'words'), [
+    ([], [5.], 10_000, 'not run'), ([5.], [], 10_000, 'not run'),
+    # of one seed the error of 10,000 images: at 10 % its variance is 10 x 90 / 10,000 = 0.09, of two 0.18
+    ([10.], [9.], 10_000, 'reproduced: 1.00 ± 0.83'), ([10.], [9.5], 10_000, 'no difference: 0.50 ± 0.84'),
+    ([10.], [9.5], 1_000_000, 'reproduced: 0.50 ± 0.08'),
+    ([9.], [10.], 10_000, 'not reproduced, the opposite: -1.00 ± 0.83'),
+    # of several their own: variances of 0.01 / 3 each
+    ([10., 10.1, 10.2], [9.7, 9.8, 9.9], 10_000, 'reproduced: 0.30 ± 0.16'),
+])
+def test_a_verdict_is_of_what_is_more_than_chance(constant, stochastic, images, words):
+    assert verdict(constant, stochastic, images) == words
+
+
+def test_the_opening_table_is_of_the_longest_runs(tmp_path):
+    plain = dict(model='sd_resnet38_cifar.c10', crop_padding=0, hflip=0.)
+    for budget, fewer in (('fitted', 2.), ('twice', 0.)):
+        flags = group(EFFECT['cifar10_unaugmented'][1.], budget)
+        for rate, error in ((0., 14.), (0.5, 12.)):
+            add_run(tmp_path, f'{budget}-{rate}', made_up(error + fewer, drop_path=rate, **plain, **flags))
+    report = Report(tmp_path)
+    rows = tables(report.summary())[0]
+    assert len(rows) == 1 + 5
+    twice = EFFECT['cifar10_unaugmented'][1.].epochs('twice')
+    assert rows[1][1:] == ['13.63 to 11.66', f'14.00 to 12.00, twice, {twice} epochs', 'reproduced: 2.00 ± 0.95']
+    assert [row[-1] for row in rows[2:5]] == ['not run'] * 3
+    assert rows[5][2] == '0 run'
+    assert 'not yet' in rows[5][3]
+
+
+def group(experiment, budget):
+    """The flags of a budget."""
+    args = vars(parse_train_flags(experiment.flags(budget, 0, None)))
+    return {key: args[key] for key in FITTED}
 
 
 # --- which runs are taken
@@ -136,9 +152,9 @@ def test_no_kept_run_of_the_paper_is_left_out(parts):
     dict(drop_path_scale='train'), dict(hflip=0.)], ids=str)
 def test_a_run_of_another_setting_is_not_taken_whatever_its_folder_is_called(tmp_path, change):
     add_run(tmp_path, NAME, made_up(1., **change))
-    assert Report(tmp_path).find(Experiment(), 'short').results == []
+    assert Report(tmp_path).find(Experiment(), 'fitted').results == []
     add_run(tmp_path, 'by-hand', made_up(2.))
-    assert Report(tmp_path).find(Experiment(), 'short').errors == [2.]
+    assert Report(tmp_path).find(Experiment(), 'fitted').errors == [2.]
 
 
 def test_two_runs_of_the_same_seed_are_refused(tmp_path):
@@ -182,8 +198,7 @@ def test_figure_7_wants_runs_that_logged_their_gradients(tmp_path):
 SETTINGS = {
     'cifar10': ('uoft-cs/cifar10', dict()),
     'cifar100': ('uoft-cs/cifar100', dict(config='cifar100', model='sd_resnet110_cifar.c100')),
-    'svhn': ('ufldl-stanford/svhn', dict(config='svhn', model='sd_resnet152_cifar.svhn', epochs=4,
-                                         decay_milestones=[3, 4], crop_padding=0, hflip=0.)),
+    'svhn': ('ufldl-stanford/svhn', dict(config='svhn', model='sd_resnet152_cifar.svhn', crop_padding=0, hflip=0.)),
     'cifar10_unaugmented': ('uoft-cs/cifar10', dict(crop_padding=0, hflip=0.)),
 }
 
@@ -191,13 +206,14 @@ SETTINGS = {
 @pytest.mark.parametrize('data', SETTINGS)
 def test_several_seeds_are_a_mean_with_its_standard_deviation(tmp_path, data):
     dataset, flags = SETTINGS[data]
+    flags = dict(flags, **group(TABLE1[data][0], 'full'))
     for seed, (constant, stochastic) in enumerate([(5., 8.), (6., 8.5), (7.5, 8.25)]):
         add_run(tmp_path, f'a{seed}', made_up(constant, seed, dataset=dataset, drop_path=0., **flags))
         add_run(tmp_path, f'b{seed}', made_up(stochastic, seed, dataset=dataset, **flags))
     (_, row), = tables(Report(tmp_path).pairs('', {data: TABLE1[data]}, numbers.TABLE1))
     # deviations of 7/6, 1/6 and 4/3 from the mean; of 1/4, 1/4 and none
     assert row[3:5] == ['6.17 ± 1.26 (3)', '8.25 ± 0.25 (3)']
-    assert row[7] == '3 and 3'
+    assert row[7] == '3, 3'
     assert [float(cell) for cell in row[1:3]] == list(numbers.TABLE1[data])
 
 
@@ -222,15 +238,15 @@ def test_times_are_compared_on_one_machine_alone():
 
 
 def test_the_time_of_runs_made_side_by_side_is_left_out(tmp_path):
-    medium = dict(epochs=16, decay_milestones=[9, 13])
-    for name, flags, cores in (('alone', {}, 2), ('beside', medium, 4)):
+    twice = group(Experiment(), 'twice')
+    for name, flags, cores in (('alone', {}, 2), ('beside', twice, 4)):
         hardware = dict(device='an abacus', threads=2, processes=1, cores=cores)
         for rate, seconds in ((0., 200.), (0.5, 150.)):
             results = made_up(drop_path=rate, hardware=hardware, epoch_seconds=seconds, **flags)
             add_run(tmp_path, f'{name}-{rate}', results)
-    (_, medium, short, *_), = tables(Report(tmp_path).table2())
-    assert short[4:9] == ['200', '150', '0.750', '8', 'short']
-    assert medium[4:9] == ['', '', '', '16', 'medium']
+    (_, fitted, twice, *_), = tables(Report(tmp_path).table2())
+    assert fitted[4:9] == ['200', '150', '0.750', '100', 'fitted']
+    assert twice[4:9] == ['', '', '', '200', 'twice']
 
 
 def steps_row(ratio, **fields):
@@ -270,25 +286,32 @@ STOCHASTIC = rows_of([9e-5, 8e-5, 2e-5, 10e-5, 15e-5, 21e-5], RATES, [3., 2., 2.
 
 def test_the_gradient_of_a_phase_is_the_median_of_its_epochs():
     assert gradient_phases(CONSTANT) == pytest.approx([2., 5., 7.])
+    warmup = rows_of([100.], [0.01], [3.], [1])
+    assert gradient_phases(warmup + CONSTANT) == pytest.approx([2., 5., 7.])
 
 
 def test_curves_are_tables_of_the_phases_and_the_last_loss(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr('paper.figures.save_figure', lambda figure, panels, path: drawn.update({path.name: figure}))
-    for name, flags, rows in (('a', dict(drop_path=0.), CONSTANT), ('b', {}, STOCHASTIC)):
+    other = [dict(row, train_loss=9.) for row in CONSTANT]
+    for name, flags, rows in (('a', dict(drop_path=0.), CONSTANT), ('b', {}, STOCHASTIC),
+                              ('c', dict(drop_path=0., **group(Experiment(), 'full')), other)):
         add_run(tmp_path, name, made_up(**flags), [dict(dict.fromkeys(COLUMNS, 0.), **row) for row in rows])
     text = Report(tmp_path).curves()
-    assert 'Ours, `short`, 8 epochs: 0.2500 and 0.7500.' in text
-    (_, *rows), = tables(text)
-    assert [row[1:] for row in rows[3:]] == [
-        ['1', '2.000', '8.000', '4.0'], ['2', '5.000', '12.500', '2.5'], ['3', '7.000', '21.000', '3.0']]
-    assert set(drawn) == {'fig3-short.png', 'fig7-short.png'} == set(pictures(text))
-    losses, errors = drawn['fig3-short.png'].axes
+    (_, paper, losses), (_, *phases) = tables(text)  # one of two runs at `full` is not compared
+    label = '110 layers, CIFAR-10+, fitted, 100 epochs'
+    assert paper[1:] == ['0.0006', '0.011']
+    assert losses == [label, '0.2500', '0.7500']
+    assert phases[3:] == [[label, '1', '2.000', '8.000', '4.0'], [label, '2', '5.000', '12.500', '2.5'],
+                          [label, '3', '7.000', '21.000', '3.0']]
+    assert set(drawn) == {'curves-110-cifar10.png'} == set(pictures(text))
+    losses, errors, gradients = drawn['curves-110-cifar10.png'].axes
     for axes, lines in ((losses, [[3., 2., 1., 0.5, 0.4, 0.25], [3., 2., 2., 1., 1., 0.75]]),
                         (errors, [[90, 80, 70, 60, 50, 40], [95, 85, 75, 65, 55, 45]])):
         assert [list(line.get_ydata()) for line in axes.lines] == lines
         assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3, 4, 5, 6]] * 2
-    falls = [list(line.get_xdata()) for line in drawn['fig7-short.png'].axes[0].lines[2:]]
+    assert [line.get_label() for line in losses.lines] == ['constant depth', 'stochastic, p_L = 0.5']
+    falls = [list(line.get_xdata()) for line in gradients.lines[2:]]
     assert falls == [[3.5, 3.5], [5.5, 5.5]]  # between the epochs 3 and 4, and 5 and 6
 
 

@@ -9,15 +9,17 @@ from support.commands import run_here
 from support.markdown import pictures, sections, tables
 from support.runs import add_run, made_up
 
-EPOCHS = {'full': '500', 'short': '8'}
+EPOCHS = {'full': '500', 'fitted': '100'}
 TABLE1 = {
-    'CIFAR-10+': (dict(), ('500', '8')),
-    'CIFAR-100+': (dict(recipe='cifar100'), ('500', '8')),
-    'SVHN': (dict(recipe='svhn', depth=152), ('50', '4')),
-    'ImageNet, top-1': (dict(recipe='imagenet', depth=152), ('120', '4')),
-    'CIFAR-10': (dict(augment=False), ('500', '8')),
-    'CIFAR-100': (dict(recipe='cifar100', augment=False), ('500', '8')),
+    'CIFAR-10+': (dict(), dict(full='500', fitted='100')),
+    'CIFAR-100+': (dict(recipe='cifar100'), dict(full='500')),
+    'SVHN': (dict(recipe='svhn', depth=152), dict(full='50')),
+    'ImageNet, top-1': (dict(recipe='imagenet', depth=152), dict(full='120')),
+    'CIFAR-10': (dict(augment=False), dict(full='500', fitted='16')),
+    'CIFAR-100': (dict(recipe='cifar100', augment=False), dict(full='500', fitted='24')),
 }
+EFFECT = {'CIFAR-10': (dict(augment=False), '16'), 'CIFAR-100': (dict(recipe='cifar100', augment=False), '24'),
+          'CIFAR-10+': (dict(), '100')}
 
 
 class Errors(dict):
@@ -36,8 +38,9 @@ class Errors(dict):
 def errors():
     found = Errors()
     for budget in EPOCHS:
-        for run in TARGETS['all']:
-            found[run, budget] = f'{50 + len(found) / 100:.2f}'  # no figure of the paper
+        for run in dict.fromkeys(TARGETS['all'] + TARGETS['effect']):
+            if run.epochs(budget) is not None:
+                found[run, budget] = f'{50 + len(found) / 100:.2f}'  # no figure of the paper
     return found
 
 
@@ -66,15 +69,19 @@ def test_every_error_is_in_its_own_cells_and_in_no_other(text, errors):
     parts = sections(text)
     (_, *rows), = tables(parts['Table 1: test error'])
     expected = [[name, errors.of(budget, drop_path=0., **network), errors.of(budget, **network), epochs, budget]
-                for name, (network, all_epochs) in TABLE1.items()
-                for budget, epochs in zip(EPOCHS, all_epochs, strict=True)]
+                for name, (network, all_epochs) in TABLE1.items() for budget, epochs in all_epochs.items()]
     assert [[row[0], *row[3:7]] for row in rows] == expected
 
     (_, *rows), = tables(parts['1202 layers'])
     network = dict(recipe='cifar10_1202', depth=1202)
     assert [row[3:7] for row in rows] == [
-        [errors.of(budget, drop_path=0., **network), errors.of(budget, **network), epochs, budget]
-        for budget, epochs in (('full', '300'), ('short', '8'))]
+        [errors.of('full', drop_path=0., **network), errors.of('full', **network), '300', 'full']]
+
+    (_, *rows), = tables(parts['Where constant depth fits: 38 layers'])
+    assert [[row[0], row[1], *row[6:9]] for row in rows if 'paper' not in row[1]] == [
+        [name, f'{budget}, {epochs} epochs',
+         *(errors.of(budget, depth=38, drop_path=rate, **network) for rate in (0., 0.2, 0.5))]
+        for name, (network, fitted) in EFFECT.items() for budget, epochs in (('full', '500'), ('fitted', fitted))]
 
     left = tables(parts['Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+'])
     for budget, (head, *rows) in zip(EPOCHS, left, strict=True):
@@ -100,15 +107,17 @@ def test_every_error_is_in_its_own_cells_and_in_no_other(text, errors):
                      ['batch', 'eval', '0.1', errors.of(budget)]]
         expected += [[mode, 'train', '0.01', errors.of(budget, mode=mode, scale='train', lr=0.01)]
                      for mode in ('batch', 'sample', 'subset')]
-        expected += [[mode, 'train', '0.1', ''] for mode in ('batch', 'sample', 'subset')]  # not made up
     assert [row[:4] for row in rows] == expected
 
     assert errors.asked.keys() == errors.keys()
     cells = Counter(cell.rpartition(' / ')[2] for part in tables(text) for row in part for cell in row)
+    # The opening table says two of them once more, with words around them.
     assert {run: cells[error] for run, error in errors.items()} == dict(errors.asked)
 
 
-def test_each_budget_has_its_four_pictures(folder, text):
-    names = {f'{figure}-{budget}.png' for figure in ('fig3', 'fig7', 'fig8_left', 'fig8_right') for budget in EPOCHS}
+def test_each_figure_has_its_picture(folder, text):
+    names = {f'{figure}-{budget}.png' for figure in ('fig8_left', 'fig8_right') for budget in EPOCHS}
+    names |= {f'curves-{name}.png' for name in ('110-cifar10', '38-cifar10', '38-cifar10_unaugmented',
+                                                '38-cifar100_unaugmented')}
     assert set(pictures(text)) == {path.name for path in folder.glob('*.png')} == names
     assert all((folder / name).stat().st_size > 10_000 for name in names)

@@ -12,7 +12,7 @@ import pytest
 
 import paper.runs
 import reproduce
-from harness.recipes import parse_train_flags
+from harness.recipes import changed_from_recipe, parse_train_flags
 from paper.experiments import Experiment
 from paper.runs import Run, RunSettings, failure_reason
 from support.commands import assert_same_run, bench, command, refused, run_here
@@ -29,12 +29,15 @@ def folders(root):
     return ['--output', str(root / 'output'), '--results', str(root / 'results')]
 
 
-def finish(folder, dataset='digits'):
-    """Makes it the folder of a finished run."""
+def finish(folder, args=None, **results):
+    """Makes it the folder of a finished run, of `NAME` unless other flags are given."""
+    flags = vars(args or parse_train_flags(Experiment(depth=20).flags('smoke', 0, None)))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'summary.csv').write_bytes((TEMPLATE / 'summary.csv').read_bytes())
-    results = json.loads((TEMPLATE / 'results.json').read_text())
-    (folder / 'results.json').write_text(json.dumps(dict(results, dataset=dataset)))
+    content = dict(json.loads((TEMPLATE / 'results.json').read_text()), args=flags, recipe=flags['config'],
+                   dataset=flags['dataset'], epochs=flags['epochs'], seed=flags['seed'],
+                   changed_from_recipe=changed_from_recipe(flags))
+    (folder / 'results.json').write_text(json.dumps({**content, **results}))
 
 
 def contents(root):
@@ -55,7 +58,7 @@ def trainings(monkeypatch):
             stderr.flush()
         if args.seed == 13:
             raise subprocess.CalledProcessError(2, line)
-        finish(Path(args.output, args.experiment))
+        finish(Path(args.output, args.experiment), args)
     monkeypatch.setattr(paper.runs, 'subprocess', types.SimpleNamespace(**{**vars(subprocess), 'run': run}))
     return started
 
@@ -115,6 +118,21 @@ def test_a_run_on_other_data_is_named_and_not_kept(trainings, tmp_path, monkeypa
     assert len(trainings) == 1
 
 
+@pytest.mark.parametrize('place', ['output', 'results/runs'])
+@pytest.mark.parametrize(('change', 'words'), [
+    (dict(epochs=3), 'epochs 3 where it is 4'), (dict(seed=1), 'seed 1 where it is 0'),
+    (dict(changed_from_recipe={}), 'drop_path None where it is 0.5')], ids=str)
+def test_a_run_of_another_training_is_not_taken_for_this_one(trainings, tmp_path, place, change, words):
+    """Such as one that was made when the budget had other epochs."""
+    finish(tmp_path / place / NAME, **change)
+    before = contents(tmp_path)
+    said = refused('reproduce.py', *ONE_RUN, *folders(tmp_path))
+    assert f'{tmp_path / place / NAME} is no run of budget smoke: ' in said
+    assert words in said
+    assert trainings == []
+    assert contents(tmp_path) == before
+
+
 def test_a_failing_run_is_named_and_the_others_go_on(trainings, tmp_path):
     result = run_here('reproduce.py', *ONE_RUN, '--seeds', '13', '1', '--processes', '2', *folders(tmp_path))
     assert result.returncode == 2
@@ -171,7 +189,7 @@ def test_what_can_be_recorded_is():
     for experiment, is_recorded in ((Experiment(depth=20), True), (Experiment(depth=110, drop_path=0.), True),
                                     (Experiment(mode='subset', scale='train'), False),
                                     (Experiment(recipe='imagenet', depth=18), False)):
-        flags = parse_train_flags(Run(experiment, 'short', 0, Path(), Path()).command(None, None, settings)[2:])
+        flags = parse_train_flags(Run(experiment, 'full', 0, Path(), Path()).command(None, None, settings)[2:])
         assert flags.cuda_graphs == is_recorded
         assert flags.validation_batch_size == (1000 if is_recorded else None)
         assert flags.checkpoint_interval == (10 if is_recorded else 1)
@@ -210,6 +228,7 @@ def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
     (['fig7', '--recipe', 'svhn'], ['no run of --recipe svhn', 'cifar10']),
     (['table1', '--recipe', 'svhn', '--depth', '110'], ['svhn', '110']),
     (['table1', '--data', '/nowhere'], ['/nowhere', 'cifar10, cifar100, imagenet, svhn', '--recipe']),
+    (['table1', '--budget', 'fitted'], ['fit for 6 of the 12 runs', 'cifar100-110-constant-fitted-0', '--recipe']),
     (['report', '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
     ([*ONE_RUN, '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
     ([*ONE_RUN, '--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),

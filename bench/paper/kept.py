@@ -1,0 +1,137 @@
+"""The kept runs, found by what they were trained by, and what a cell of the report says of them."""
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import dropwhile, groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.errors import UserError
+from harness.run_folder import RunFolder
+from paper.experiments import BUDGETS, Experiment, training_of_experiment, training_of_run
+
+
+def has_all_cores(hardware: dict[str, Any]) -> bool:
+    """Whether a run was made by itself, not with `--processes` beside others."""
+    return hardware['threads'] * hardware['processes'] >= hardware.get('cores', 0)
+
+
+class Found(NamedTuple):
+    """The finished runs of one experiment and budget, one a seed: results.json, and the rows of summary.csv."""
+    results: list[dict[str, Any]]
+    rows: list[list[dict[str, float]]]
+
+    @property
+    def errors(self) -> list[float]:
+        """Test errors, in percent."""
+        return [results['test_best']['top1_err'] for results in self.results]
+
+    @property
+    def losses(self) -> list[float]:
+        """Training losses of the last epoch."""
+        return [rows[-1]['train_loss'] for rows in self.rows]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of an epoch's steps, of the runs that had all cores."""
+        return [results['epoch_seconds'] for results in self.results if has_all_cores(results['hardware'])]
+
+    @property
+    def gradients(self) -> list[list[float]]:
+        """Of each run `gradient_phases`.
+
+        Raises:
+            UserError: If a run did not log its gradients.
+        """
+        for run, rows in zip(*self, strict=True):
+            if 'grad_magnitude' not in rows[0]:
+                raise UserError(f'summary.csv of {run["model"]}, drop_path {run["drop_path_rate"]}, seed '
+                                f'{run["seed"]}, lacks grad_magnitude for Figure 7; train it again with '
+                                '--log-gradients')
+        return [gradient_phases(rows) for rows in self.rows]
+
+
+class KeptRuns:
+    """The runs of a folder of run folders.
+
+    Args:
+        folder: Of the run folders, whatever their names.
+
+    Raises:
+        UserError: If two runs are the same, or one can't be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.runs: dict[str, Found] = {}
+        for path in sorted(folder.glob('*/results.json')):
+            run_folder = RunFolder(path.parent)
+            run = run_folder.read_results()
+            if run is None:  # a link to nothing
+                continue
+            found = self.runs.setdefault(_key(training_of_run(run)), Found([], []))
+            if run['seed'] in (other['seed'] for other in found.results):
+                raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
+            found.results.append(run)
+            found.rows.append(run_folder.read_summary())
+
+    def find(self, experiment: Experiment, budget: str) -> Found:
+        """The finished runs of an experiment."""
+        if experiment.epochs(budget) is None:
+            return Found([], [])
+        return self.runs.get(_key(training_of_experiment(experiment, budget)), Found([], []))
+
+    def budgets(self, experiments: Iterable[Experiment]) -> list[str]:
+        """The budgets that some of them were run at; `full` if there are none, for its empty cells."""
+        experiments = list(experiments)
+        return [budget for budget in BUDGETS
+                if any(self.find(experiment, budget).results for experiment in experiments)] or ['full']
+
+
+def _key(training: dict[str, Any]) -> str:
+    return json.dumps(training, sort_keys=True)
+
+
+def cell(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and of several the standard deviation and their number; nothing of nothing."""
+    spread = f' ± {statistics.stdev(values):.{digits}f} ({len(values)})' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}f}{spread}' if values else ''
+
+
+def machine(hardware: dict[str, Any]) -> str:
+    """The device and the precision."""
+    return f'{hardware["device"]}, {"bf16" if hardware["amp"] else "fp32"}'
+
+
+def machines(*found: Found) -> str:
+    """What these runs were made on."""
+    return '; '.join(sorted({machine(results['hardware']) for runs in found for results in runs.results}))
+
+
+def time_ratio(ours: Found, base: Found) -> str:
+    """Ratio of the seconds an epoch, if all runs had the same machine to themselves; else nothing."""
+    if not (ours.seconds and base.seconds):
+        return ''
+    keys = ('device', 'amp', 'processes', 'threads', 'cuda_graphs')  # older runs lack the last
+    kinds = {tuple(results['hardware'].get(key) or False for key in keys)
+             for runs in (ours, base) for results in runs.results}
+    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if len(kinds) == 1 else ''
+
+
+def epochs(*found: Found) -> str:
+    """Epochs of these runs."""
+    return ', '.join(sorted({str(results['epochs']) for runs in found for results in runs.results}))
+
+
+def seeds(*found: Found) -> str:
+    """Number of seeds of each; nothing where nothing was run."""
+    return ', '.join(str(len(runs.results)) for runs in found) if epochs(*found) else ''
+
+
+def gradient_phases(rows: list[dict[str, float]]) -> list[float]:
+    """Mean absolute gradient of a run while the learning rate stays the same, in 1e-5, without a warm-up.
+
+    The median over the epochs: in a short phase the first epoch, of untrained weights, would be most of the mean.
+    """
+    highest = max(row['lr'] for row in rows)
+    phases = groupby(dropwhile(lambda row: row['lr'] < highest, rows), key=lambda row: row['lr'])
+    return [statistics.median(row['grad_magnitude'] for row in phase) * 1e5 for _, phase in phases]
