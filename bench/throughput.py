@@ -8,6 +8,7 @@
     python bench/throughput.py --sweep                                # over depth, batch and p_L
     python bench/throughput.py --end-to-end --timm-train train.py     # whole epochs, also with timm's own script
     python bench/throughput.py --host --rounds 200                    # Python and autograd of a block's gate
+    python bench/throughput.py --inference --no-amp --model sd_resnet20_cifar   # images/s of a trained network
     python bench/throughput.py --reading --images 20000               # opening and reading large images, beside timm's
     python bench/throughput.py --prefix --timm-train train.py --model resnet50    # timm's train.py, with our prefix
 
@@ -33,13 +34,14 @@ from harness.network import DepthSettings, registered_name
 from timing.contestants import CONSTANT, DROPS, Contestant, StepSettings, Variant, build, has_stages
 from timing.end_to_end import EndToEndSettings
 from timing.host import host_costs
+from timing.inference import inference_rates
 from timing.plots import save_ratios, save_sweep
 from timing.prefix import measure_prefix
 from timing.reading import ReadingSettings, measure_reading, print_reading
 from timing.rows import flat, measure, measure_epochs, measure_sweep
 from timing.verify import describe, is_right, verify
 
-KINDS = ('sweep', 'profile', 'end_to_end', 'host', 'verify', 'prefix', 'reading')
+KINDS = ('sweep', 'profile', 'end_to_end', 'host', 'verify', 'prefix', 'reading', 'inference')
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class MeasurementSettings:
                                'fp32 and bf16 and with both scales')
     prefix: bool = flag(False, "timm's train.py with python -m timm_sd in front and without, on the CPU")
     reading: bool = flag(False, "how fast large images are opened and read, beside timm's loader")
+    inference: bool = flag(False, 'how many images a trained network classifies in a second')
     output: str | None = flag(None, 'writes PREFIX.json, PREFIX.csv and PREFIX.png', metavar='PREFIX')
 
 
@@ -146,7 +149,7 @@ def write(prefix: Path, rows: list[dict[str, Any]], flags: dict[str, Any], machi
         key: flags[key] and Path(flags[key]).name for key in ('timm_train', 'data_dir')})
     write_json(prefix.with_suffix('.json'), dict(rows=rows, args=args, hardware=machine, versions=versions()))
     write_csv(prefix.with_suffix('.csv'), [flat(row) for row in rows])
-    if flags['host'] or flags['prefix'] or flags['verify'] or flags['reading']:
+    if any(flags[kind] for kind in ('host', 'prefix', 'verify', 'reading', 'inference')):
         return
     (save_sweep if flags['sweep'] else save_ratios)(rows, prefix.with_suffix('.png'))
 
@@ -179,6 +182,8 @@ def main() -> None:
                 for row in verify(name, variant, steps.batch_size)]
     elif what.host:
         rows = host_costs(steps.rounds)
+    elif what.inference:
+        rows = inference_rates(contestants.model, steps.batch_size, amp, steps.rounds)
     elif what.reading:
         rows = measure_reading(end_to_end.images, end_to_end.data_dir, steps.batch_size, steps.rounds,
                                make_settings(ReadingSettings, flags))
@@ -198,6 +203,9 @@ def main() -> None:
     elif what.host:
         for row in rows:
             print('{name:40}{median:7.1f} us   {q1:.1f} to {q3:.1f}'.format(**row, **row['microseconds']))
+    elif what.inference:
+        for row in rows:
+            print('{model:32}{median:9.0f} images/s   {q1:.0f} to {q3:.0f}'.format(**row, **row['images_per_second']))
     elif what.reading:
         print_reading(rows)
     elif what.prefix:

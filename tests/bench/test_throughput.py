@@ -263,6 +263,18 @@ def test_the_loop_runs_the_gates_of_the_bare_steps():
     assert contestant.draws(5) != contestant.draws(6)
 
 
+def test_the_rate_of_a_trained_network_is_measured_in_evaluation(tmp_path):
+    result = run_here('throughput.py', '--inference', '--no-amp', '-b', '4', '--rounds', '2', '--model',
+                      'sd_resnet20_cifar', 'sd_resnet32_cifar', '--output', tmp_path / 'out')
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / 'out.json').read_text())['rows']
+    assert [(row['model'], row['batch_size'], row['amp']) for row in rows] == [
+        ('sd_resnet20_cifar', 4, False), ('sd_resnet32_cifar', 4, False)]
+    for row in rows:
+        assert 0 < row['images_per_second']['q1'] <= row['images_per_second']['q3']
+    assert not (tmp_path / 'out.png').exists()
+
+
 @pytest.mark.parametrize('mode', ['sample', 'torchvision-row'])
 def test_other_libraries_get_the_papers_rates(mode):
     network = build('sd_resnet20_cifar', Variant(mode, 0.5))
