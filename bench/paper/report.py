@@ -19,16 +19,19 @@ from paper.kept import Found, KeptRuns, cell, epochs, machine, machines, seeds, 
 StepTimes = tuple[dict[str, Any], dict[str, dict[str, float]]]
 DATA_NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
               'cifar10_unaugmented': 'CIFAR-10', 'cifar100_unaugmented': 'CIFAR-100'}
-HOW = f"""A difference counts where it is more than twice its standard error: over the seeds, or of one seed over the
-test images. The last line of the table is in full because only 110 layers and 500 epochs can be held against the paper.
+HOW = f"""A difference counts where it is more than twice its standard error: over the seeds, or with one seed over
+the 10,000 test images. 38 layers can show the effect; only 110 layers and 500 epochs can be held against the paper's
+numbers.
 
 Written by `python bench/reproduce.py report` from [runs/](../runs), the results.json and summary.csv of each finished
 run. A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
 seed, or the mean over several with its standard deviation and their number. An empty cell was not run. A `+` is with
-augmentation. Budgets: `full` is the paper's epochs; `fitted` the fewest in which 38 layers at constant depth fit their
-training images (a training loss below {FITS[False]} at the end, {FITS[True]} with augmentation), by the paper's recipe
-with a first epoch at a learning rate of 0.01 and its steps in proportion; `twice` twice as many, since stochastic depth
-fits later. `smoke` tries the machinery on handwritten digits and says nothing about the paper."""
+augmentation.
+
+Budgets: `full` is the paper's epochs. `fitted` is the fewest, of those tried, in which 38 layers at constant depth fit
+their training images: a training loss below {FITS[False]} at the end, {FITS[True]} with augmentation. It is the paper's
+recipe, its learning rate steps in proportion, with a first epoch at 0.01. `twice` is twice as many epochs, since
+stochastic depth fits later. `smoke` tries the machinery on handwritten digits and says nothing about the paper."""
 WHY_NOT_YET = 'one of 110 layers takes two CPU cores a day or more'
 
 
