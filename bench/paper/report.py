@@ -4,7 +4,7 @@ A figure is the test error at the epoch of the lowest validation error, in perce
 standard deviation where there are several. What was not run is an empty cell.
 """
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,6 @@ def verdict(constant: Sequence[float], stochastic: Sequence[float], images: int)
             return statistics.variance(errors) / len(errors)
         return errors[0] * (100 - errors[0]) / images
 
-    if not (constant and stochastic):
-        return 'not run'
     gain = statistics.mean(constant) - statistics.mean(stochastic)
     chance = 2 * (variance(constant) + variance(stochastic)) ** 0.5
     if abs(gain) <= chance:
@@ -79,14 +77,13 @@ class Report:
         """What was reproduced, what was not yet, and why."""
         lines = ['| | the paper, 110 layers | ours, 38 layers | |', '|---|---|---|---|']
         for data, runs in EFFECT.items():
-            budget = self.budgets(runs.values())[-1]
-            constant, stochastic = self.find(runs[1.], budget), self.find(runs[0.5], budget)
-            pair, ours = numbers.TABLE1[data], ''
-            if constant.errors and stochastic.errors:
-                ours = f'{cell(constant.errors)} to {cell(stochastic.errors)}, {budget_label(runs[1.], budget)}'
+            pair, ours, said = numbers.TABLE1[data], '', 'not run'
+            for label, found in self.compared(runs):  # of the longest
+                constant, stochastic = found[1.].errors, found[0.5].errors
+                ours = f'{cell(constant)} to {cell(stochastic)}, {label}'
+                said = verdict(constant, stochastic, images=10_000)
             lines.append(f'| test error by stochastic depth, {DATA_NAMES[data]} '
-                         f'| {pair.constant:.2f} to {pair.stochastic:.2f} | {ours} '
-                         f'| {verdict(constant.errors, stochastic.errors, images=10_000)} |')
+                         f'| {pair.constant:.2f} to {pair.stochastic:.2f} | {ours} | {said} |')
         paper = numbers.TABLE2['cifar10']
         steps = [f'{ratios["batch"]["median"]:.2f} ({machine(hardware)})' for hardware, ratios in self.times
                  if 'batch' in ratios]
@@ -152,16 +149,12 @@ class Report:
                              f'| {budget if epochs(constant, stochastic) else ""} | {machines(constant, stochastic)} |')
         return '\n'.join(lines)
 
-    def compared(self) -> Iterator[tuple[str, str, dict[float, Found]]]:
-        """What Figures 3 and 7 are of: whose, a name for its file, and the runs by p_L, 1 and 0.5 among them."""
-        groups = [('cifar10', dict(zip((1., 0.5), TABLE1['cifar10'], strict=True))), *EFFECT.items()]
-        for data, runs in groups:
-            depth = runs[1.].depth
-            for budget in self.budgets(runs.values()):
-                found = {p_last: self.find(run, budget) for p_last, run in runs.items()}
-                if found[1.].rows and found[0.5].rows:
-                    label = f'{depth} layers, {DATA_NAMES[data]}, {budget_label(runs[1.], budget)}'
-                    yield label, f'{depth}-{data}', {p_last: each for p_last, each in found.items() if each.rows}
+    def compared(self, runs: dict[float, Experiment]) -> list[tuple[str, dict[float, Found]]]:
+        """The budgets at which both p_L = 1 and 0.5 were run, the longest last: a label, and what was found by p_L."""
+        by_epochs = sorted(self.budgets(runs.values()), key=lambda budget: runs[1.].epochs(budget) or 0)
+        found = [(budget_label(runs[1.], budget), {p_last: self.find(run, budget) for p_last, run in runs.items()})
+                 for budget in by_epochs]
+        return [(label, of_budget) for label, of_budget in found if of_budget[1.].results and of_budget[0.5].results]
 
     def curves(self) -> str:
         """Figures 3 and 7: the last training losses and the gradients by phase; pictures of the longest runs."""
@@ -177,14 +170,18 @@ class Report:
         gradients += [f'| paper, 110 layers, CIFAR-10+ | {phase} | {pair.constant * 1e5:.3f} '
                       f'| {pair.stochastic * 1e5:.3f} | {pair.stochastic / pair.constant:.1f} |'
                       for phase, pair in enumerate(numbers.FIG7, 1)]
-        for label, name, runs in self.compared():
-            pair = runs[1.], runs[0.5]
-            losses.append(f'| {label} | {cell(pair[0].losses, 4)} | {cell(pair[1].losses, 4)} |')
-            phases = zip(*(zip(*found.gradients, strict=True) for found in pair), strict=True)
-            for number, (constant, stochastic) in enumerate(phases, 1):
-                ratio = statistics.mean(stochastic) / statistics.mean(constant)
-                gradients.append(f'| {label} | {number} | {cell(constant, 3)} | {cell(stochastic, 3)} | {ratio:.1f} |')
-            pictures[f'curves-{name}.png'] = label, {p_last: found.rows[0] for p_last, found in runs.items()}
+        groups = [('cifar10', dict(zip((1., 0.5), TABLE1['cifar10'], strict=True))), *EFFECT.items()]
+        for data, runs in groups:
+            for budget, found in self.compared(runs):
+                label, pair = f'{runs[1.].depth} layers, {DATA_NAMES[data]}, {budget}', (found[1.], found[0.5])
+                losses.append(f'| {label} | {cell(pair[0].losses, 4)} | {cell(pair[1].losses, 4)} |')
+                phases = zip(*(zip(*each.gradients, strict=True) for each in pair), strict=True)
+                for phase, (constant, stochastic) in enumerate(phases, 1):
+                    ratio = statistics.mean(stochastic) / statistics.mean(constant)
+                    gradients.append(
+                        f'| {label} | {phase} | {cell(constant, 3)} | {cell(stochastic, 3)} | {ratio:.1f} |')
+                pictures[f'curves-{runs[1.].depth}-{data}.png'] = label, {
+                    p_last: each.rows[0] for p_last, each in found.items() if each.rows}
         for file, (_, rows) in pictures.items():
             save_curves(rows, self.folder / file)
         shown = [f'\n{label}:\n\n![training loss, validation error and gradient by epoch]({file})'
