@@ -92,10 +92,10 @@ class Run(NamedTuple):
             raise UserError(f'{folder.path} was trained on {found["dataset"]!r}, which is no copy of '
                             f'{expected["dataset"]} that the recipe knows; see --fingerprint of train.py, or take the '
                             'data from the Hub')
-        differing = [f'{key} {found.get(key)} where it is {expected.get(key)}'
+        differing = [f'{key} {found.get(key)} instead of {expected.get(key)}'
                      for key in {**expected, **found} if found.get(key) != expected.get(key)]
         if differing:
-            raise UserError(f'{folder.path} is no run of budget {self.budget}: it has {", ".join(differing)} there; '
+            raise UserError(f'{folder.path} is no run of budget {self.budget}: it has {", ".join(differing)}; '
                             'move it elsewhere')
         return results
 

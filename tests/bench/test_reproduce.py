@@ -120,8 +120,8 @@ def test_a_run_on_other_data_is_named_and_not_kept(trainings, tmp_path, monkeypa
 
 @pytest.mark.parametrize('place', ['output', 'results/runs'])
 @pytest.mark.parametrize(('change', 'words'), [
-    (dict(epochs=3), 'epochs 3 where it is 4'), (dict(seed=1), 'seed 1 where it is 0'),
-    (dict(changed_from_recipe={}), 'drop_path None where it is 0.5')], ids=str)
+    (dict(epochs=3), 'epochs 3 instead of 4'), (dict(seed=1), 'seed 1 instead of 0'),
+    (dict(changed_from_recipe={}), 'drop_path None instead of 0.5')], ids=str)
 def test_a_run_of_another_training_is_not_taken_for_this_one(trainings, tmp_path, place, change, words):
     """Such as one that was made when the budget had other epochs."""
     finish(tmp_path / place / NAME, **change)
