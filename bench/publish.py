@@ -19,7 +19,7 @@ from harness.cli import Parser, add_flags, flag, make_settings, run_script
 from harness.errors import UserError
 from harness.files import write_atomic
 from harness.paths import CARDS, RECIPES, RESULTS
-from harness.recipes import read_recipe
+from harness.recipes import changed_by_run, is_packaged, read_recipe
 from harness.repository import UploadSettings, read_run, upload, write_card_folder, write_repository
 from paper import numbers
 from timing.contestants import Variant
@@ -37,27 +37,24 @@ class TargetSettings:
     bundle: bool = flag(False, 'into the package and hub_cards/ instead')
 
 
-def changed_from_todays_recipe(results: dict[str, Any]) -> dict[str, Any]:
-    """The flags by which a run differs from its recipe as it is now; the recipe may have been changed after the run."""
-    args, changed = results['args'], results['changed_from_recipe']
-    if not (RECIPES / f'{results["recipe"]}.yaml').exists():  # a recipe of the user's
-        return changed
-    recipe = read_recipe(results['recipe'])
-    changed = {**{key: args[key] for key in recipe if key in args}, **changed}
-    return {key: value for key, value in changed.items()
-            if key != 'model' and (key not in recipe or recipe[key] != value)}
+def whose_recipe(results: dict[str, Any]) -> str:
+    """Whose the recipe of a run is, in words for its card."""
+    recipe = results['recipe']
+    if recipe in numbers.EPOCHS:
+        of_paper = read_recipe(recipe)['dataset'] == dataset_of(results)
+        return "the paper's recipe" if of_paper else "the paper's recipe on other data"
+    return "this project's recipe" if is_packaged(recipe) else "a user's recipe"
 
 
 def compare(results: dict[str, Any]) -> Comparison:
     """The figures of others for a run, how it was trained, and the saving that was measured for its network."""
-    name, recipe = full_name(results), results['recipe']
+    name, args = full_name(results), results['args']
     mode, schedule, scale = method_of(results)
     depth_and_tag = numbers.depth_and_tag(name)
     return Comparison(
-        paper=numbers.errors_of(name), public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
-        # A recipe on other data is not the paper's, whatever its name says.
-        papers_recipe=recipe in numbers.EPOCHS and read_recipe(recipe)['dataset'] == dataset_of(results),
-        changed=changed_from_todays_recipe(results),
+        paper=numbers.errors_of(name, augment=bool(args['crop_padding'] or args['hflip'])),
+        public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
+        recipe_of=whose_recipe(results), changed=changed_by_run(results),
         saving=find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
 
 

@@ -82,7 +82,7 @@ def main() -> None:
     if flags.target == 'report':
         folder = results_folder(settings, choice.budget)
         variants = {mode: Variant(mode, run.drop_path, run.schedule, run.scale) for mode, run in BY_MODE.items()}
-        print(Report(folder, ratios(folder / 'timing', variants)).write())
+        print(Report(folder, ratios(folder / 'timing', 'sd_resnet110_cifar', variants)).write())
         return
     runs = choose_runs(flags.target, choice, settings)
     if flags.plan:

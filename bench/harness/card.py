@@ -19,14 +19,14 @@ class Comparison(NamedTuple):
 
     Attributes:
         paper: The paper's errors of this network (`paper.numbers.NetworkErrors`); None where it has none.
-        public: The lowest test error of public weights of this network, in percent; None where none are known.
-        papers_recipe: Whether the run's recipe is the paper's.
+        public: The lowest test error of public weights of this depth, in percent; None where none are known.
+        recipe_of: Whose the run's recipe is.
         changed: The flags by which the run differs from its recipe.
         saving: What throughput.py measured of this network at this p_L: a row, and its `hardware`.
     """
     paper: Any
     public: float | None
-    papers_recipe: bool
+    recipe_of: str
     changed: dict[str, Any]
     saving: dict[str, Any] | None
 

@@ -109,8 +109,31 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args([*command_line(recipe), *argv])
 
 
+def is_packaged(recipe: str) -> bool:
+    """Whether recipes/ has a recipe of this name."""
+    return (RECIPES / f'{recipe}.yaml').exists()
+
+
 def changed_from_recipe(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that say something else than the recipe they were parsed over."""
+    """The flags that say something else than their recipe does. What an older run did not know yet is no change."""
     elsewhere = {*MAY_DIFFER, 'config', 'seed', 'amp', 'log_gradients'}  # recorded elsewhere, or without effect
     recipe = vars(parse_train_flags(['-c', flags['config']]))
-    return {key: flags[key] for key, value in recipe.items() if flags[key] != value and key not in elsewhere}
+    return {key: flags[key] for key, value in recipe.items()
+            if key in flags and flags[key] != value and key not in elsewhere}
+
+
+def changed_by_run(results: dict[str, Any]) -> dict[str, Any]:
+    """The flags by which a finished run differs from the packaged recipe of its recipe's name, as it is today.
+
+    The recipe may have been changed since, or been another file of the same name. Of a recipe that is not packaged it
+    is what the run recorded.
+    """
+    if not is_packaged(results['recipe']):
+        return results['changed_from_recipe']
+    args = results['args']
+    changed = changed_from_recipe(dict(args, config=results['recipe']))
+    if changed.get('drop_path_mode') == 'batch':  # which is the default
+        del changed['drop_path_mode']
+    if args.get('global_batch_size', args['batch_size']) != args['batch_size']:  # on several processes
+        changed['global_batch_size'] = args['global_batch_size']
+    return changed

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.recipes import changed_from_recipe, command_line, parse_train_flags, read_recipe
+from harness.recipes import changed_by_run, changed_from_recipe, command_line, parse_train_flags, read_recipe
 from paper import numbers
 
 # How long a training is: `full` is the paper's epochs. `smoke` tries the machinery on handwritten digits, by the recipe
@@ -115,21 +115,16 @@ class Experiment:
         return ['-c', name, *command_line(changed)]
 
 
-def _training(recipe: str, dataset: str, epochs: int, changed: dict[str, Any]) -> dict[str, Any]:
-    changed = {name: value for name, value in changed.items() if (name, value) != ('drop_path_mode', 'batch')}
-    return dict(changed, recipe=recipe, dataset=dataset, epochs=epochs)
-
-
 @cache
 def training_of_experiment(experiment: Experiment, budget: str) -> dict[str, Any]:
     """What an experiment is trained by: recipe, data set, epochs, and every flag that differs from the recipe's."""
     flags = vars(parse_train_flags(experiment.flags(budget, 0, None)))
-    return _training(flags['config'], flags['dataset'], flags['epochs'], changed_from_recipe(flags))
+    return dict(changed_from_recipe(flags), recipe=flags['config'], dataset=flags['dataset'], epochs=flags['epochs'])
 
 
 def training_of_run(results: dict[str, Any]) -> dict[str, Any]:
     """What a finished run was trained by, from its results.json. The name of its folder does not matter."""
-    return _training(results['recipe'], results['dataset'], results['epochs'], results['changed_from_recipe'])
+    return dict(changed_by_run(results), **{key: results[key] for key in ('recipe', 'dataset', 'epochs')})
 
 
 def with_and_without(**kwargs: Any) -> tuple[Experiment, Experiment]:

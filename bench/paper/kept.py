@@ -17,7 +17,7 @@ def has_all_cores(hardware: dict[str, Any]) -> bool:
 
 
 class Found(NamedTuple):
-    """The finished runs of one experiment and budget, one a seed: results.json, and the rows of summary.csv."""
+    """The finished runs of one experiment and budget, by seed: results.json, and the rows of summary.csv."""
     results: list[dict[str, Any]]
     rows: list[list[dict[str, float]]]
 
@@ -63,22 +63,30 @@ class KeptRuns:
 
     def __init__(self, folder: Path) -> None:
         self.runs: dict[str, Found] = {}
-        for path in sorted(folder.glob('*/results.json')):
-            run_folder = RunFolder(path.parent)
-            run = run_folder.read_results()
-            if run is None:  # a link to nothing
+        self.names: dict[str, list[str]] = {}  # of the folders, likewise by training
+        for run_folder in [RunFolder(path.parent) for path in sorted(folder.glob('*/results.json'))]:
+            results = run_folder.read_results()
+            if results is None:  # a link to nothing
                 continue
-            found = self.runs.setdefault(_key(training_of_run(run)), Found([], []))
-            if run['seed'] in (other['seed'] for other in found.results):
-                raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
-            found.results.append(run)
-            found.rows.append(run_folder.read_summary())
+            key = _key(training_of_run(results))
+            found = self.runs.get(key, Found([], []))
+            if results['seed'] in (other['seed'] for other in found.results):
+                raise UserError(f'{run_folder.path} is a second run of the same flags and seed; remove one of the two')
+            runs = [*zip(*found, strict=True), (results, run_folder.read_summary())]
+            self.runs[key] = Found(*map(list, zip(*sorted(runs, key=lambda run: run[0]['seed']), strict=True)))
+            self.names.setdefault(key, []).append(run_folder.path.name)
 
     def find(self, experiment: Experiment, budget: str) -> Found:
         """The finished runs of an experiment."""
         if experiment.epochs(budget) is None:
             return Found([], [])
         return self.runs.get(_key(training_of_experiment(experiment, budget)), Found([], []))
+
+    def names_of_no(self, experiments: Iterable[Experiment]) -> list[str]:
+        """The folders of the runs that are of none of these experiments, at no budget."""
+        keys = {_key(training_of_experiment(experiment, budget)) for experiment in experiments for budget in BUDGETS
+                if experiment.epochs(budget) is not None}
+        return sorted(name for key, names in self.names.items() if key not in keys for name in names)
 
     def budgets(self, experiments: Iterable[Experiment]) -> list[str]:
         """The budgets that some of them were run at; `full` if there are none, for its empty cells."""

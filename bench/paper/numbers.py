@@ -48,8 +48,28 @@ FIG8_RIGHT = {p_last: dict(zip(DEPTHS, errors, strict=True)) for p_last, errors 
 }.items()}
 
 
+class Beside(NamedTuple):
+    """What the paper has beside the runs of 38 layers on one data set.
+
+    Attributes:
+        where: Of which network, and where in the paper.
+        errors: Its test errors (%) by p_L.
+        p_last: The p_L whose error is compared with that of constant depth: 0.5, or where the paper has 38 layers
+            themselves one that is better there than constant depth.
+    """
+    where: str
+    errors: dict[float, float]
+    p_last: float
+
+
+BESIDE_38 = {
+    **{data: Beside('110 layers, Table 1', {1.: pair.constant, 0.5: pair.stochastic}, 0.5)
+       for data, pair in TABLE1.items() if data in ('cifar10_unaugmented', 'cifar100_unaugmented')},
+    'cifar10': Beside('38 layers, Fig. 8', {p_last: errors[38] for p_last, errors in FIG8_RIGHT.items()}, 0.8),
+}
+
 # Test errors of public weights by depth and tag: github.com/chenyaofo/pytorch-cifar-models, the best that we know of.
-# They were trained on all 50,000 images.
+# They were trained on all 50,000 images, and two of their shortcuts are convolutions of 1 x 1.
 PUBLIC = {(20, 'c10'): 7.40, (32, 'c10'): 6.47, (44, 'c10'): 5.99, (56, 'c10'): 5.63,
           (20, 'c100'): 31.17, (32, 'c100'): 29.84, (44, 'c100'): 28.37, (56, 'c100'): 27.37}
 
@@ -78,18 +98,23 @@ def depth_and_tag(model: str) -> tuple[int, str] | None:
     return (int(network[1]), tag) if network else None
 
 
-def errors_of(model: str) -> NetworkErrors | None:
-    """What the paper reports of a model of this package, if anything."""
-    key = depth_and_tag(model)
-    pairs = {(110, 'c10'): (TABLE1['cifar10'], 'Table 1', 'cifar10'),
-             (110, 'c100'): (TABLE1['cifar100'], 'Table 1', 'cifar100'),
-             (152, 'svhn'): (TABLE1['svhn'], 'Table 1', 'svhn'),
-             (1202, 'c10'): (DEPTH1202, 'section 4', 'cifar10_1202')}
-    if key in pairs:
-        pair, where, recipe = pairs[key]
+def errors_of(model: str, augment: bool) -> NetworkErrors | None:
+    """What the paper reports of a model of this package, trained with augmentation or without, if anything."""
+    network, pairs = depth_and_tag(model), {
+        (110, 'c10', True): (TABLE1['cifar10'], 'Table 1', 'cifar10'),
+        (110, 'c10', False): (TABLE1['cifar10_unaugmented'], 'Table 1', 'cifar10'),
+        (110, 'c100', True): (TABLE1['cifar100'], 'Table 1', 'cifar100'),
+        (110, 'c100', False): (TABLE1['cifar100_unaugmented'], 'Table 1', 'cifar100'),
+        (152, 'svhn', False): (TABLE1['svhn'], 'Table 1', 'svhn'),
+        (1202, 'c10', True): (DEPTH1202, 'section 4', 'cifar10_1202')}
+    if network is None:
+        return None
+    depth, tag = network
+    if (depth, tag, augment) in pairs:
+        pair, where, recipe = pairs[depth, tag, augment]
         return NetworkErrors(pair.stochastic, 0.5, pair.constant, where, EPOCHS[recipe])
-    if key is not None and key[0] in DEPTHS and key[1] == 'c10':
-        by_p_last = {p_last: errors[key[0]] for p_last, errors in FIG8_RIGHT.items()}
+    if depth in DEPTHS and tag == 'c10' and augment:
+        by_p_last = {p_last: errors[depth] for p_last, errors in FIG8_RIGHT.items()}
         best = min((p_last for p_last in by_p_last if p_last < 1), key=lambda p_last: by_p_last[p_last])
         return NetworkErrors(by_p_last[best], best, by_p_last[1.], 'Fig. 8', EPOCHS['cifar10'])
     return None

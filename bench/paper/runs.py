@@ -22,8 +22,8 @@ from paper.experiments import BUDGETS, TARGETS, Experiment, training_of_experime
 @dataclass(frozen=True)
 class ChoiceSettings:
     """Which runs."""
-    budget: str = flag('full', "the paper's epochs; as many as constant depth needs to fit, or twice that; or a trial "
-                              'on digits', choices=BUDGETS)
+    budget: str = flag('full', "full: the paper's epochs; fitted: about as many as 38 layers at constant depth need to "
+                               'fit; twice: twice that; smoke: a trial on digits', choices=BUDGETS)
     seeds: list[int] = flag([0], 'a run for each', type=int, nargs='+', metavar='SEED')
     data: Path | None = flag(None, 'holds cifar10/, svhn/ ... (default: the Hub)', type=Path, metavar='FOLDER')
     recipe: list[str] | None = flag(None, 'only these data sets', choices=numbers.EPOCHS, nargs='+')
@@ -92,7 +92,8 @@ class Run(NamedTuple):
             raise UserError(f'{folder.path} was trained on {found["dataset"]!r}, which is no copy of '
                             f'{expected["dataset"]} that the recipe knows; see --fingerprint of train.py, or take the '
                             'data from the Hub')
-        differing = [f'{key} {found.get(key)} instead of {expected.get(key)}'
+        the_recipes = "the recipe's"
+        differing = [f'{key} {found.get(key, the_recipes)} instead of {expected.get(key, the_recipes)}'
                      for key in {**expected, **found} if found.get(key) != expected.get(key)]
         if differing:
             raise UserError(f'{folder.path} is no run of budget {self.budget}: it has {", ".join(differing)}; '
@@ -104,7 +105,13 @@ class Run(NamedTuple):
         return settings.cuda_graphs and self.experiment.mode == 'batch' and self.experiment.recipe != 'imagenet'
 
     def epochs_done(self) -> int:
-        """Rows of the run's summary.csv; after a kill some may be trained again, see --checkpoint-interval."""
+        """Rows of the run's summary.csv; after a kill some may be trained again, see --checkpoint-interval.
+
+        Raises:
+            UserError: See `read_results`.
+        """
+        for place in (self.results, self.output):
+            self.read_results(place)
         return max(RunFolder(place / self.name).epochs_written() for place in (self.results, self.output))
 
     def copy_results(self) -> None:
@@ -162,10 +169,15 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
               if all(getattr(experiment, key) in values for key, values in filters.items())]
     if not chosen:
         raise UserError(f'{target} has no run that is of {" and ".join(map(str, filters.values()))} at once')
-    unknown = [experiment.name(choice.budget, 0) for experiment in chosen if experiment.epochs(choice.budget) is None]
-    if unknown:
-        raise UserError(f'nobody has tried how many epochs constant depth needs to fit for {len(unknown)} of the '
-                        f'{len(chosen)} runs, such as {unknown[0]}; choose others with --recipe, or --budget full')
+    known = [experiment for experiment in chosen if experiment.epochs(choice.budget) is not None]
+    if len(known) < len(chosen):
+        left_out = next(experiment.name(choice.budget, 0) for experiment in chosen if experiment not in known)
+        said = (f'the budget {choice.budget} has no epochs for {len(chosen) - len(known)} of the {len(chosen)} runs, '
+                f'such as {left_out}')
+        if not known:
+            raise UserError(f'{said}; take --budget full')
+        print(f'left out: {said}', file=sys.stderr)
+    chosen = known
     if choice.data is not None and choice.budget != 'smoke':
         missing = sorted({experiment.data for experiment in chosen if not (choice.data / experiment.data).is_dir()})
         if missing:

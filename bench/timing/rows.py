@@ -122,11 +122,13 @@ def find_row(folder: Path, model: str, variant: Variant) -> dict[str, Any] | Non
     return None
 
 
-def ratios(folder: Path, variants: dict[str, Variant]) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
-    """The steps of `variants` in throughput_modes*.json: of each file its hardware, and the ratios by key."""
+def ratios(folder: Path, model: str,
+           variants: dict[str, Variant]) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
+    """A network's steps of `variants` in throughput_modes*.json: of each file its hardware, and the ratios by key."""
     found = []
     for path in sorted(folder.glob('throughput_modes*.json')):
         measured = json.loads(path.read_text())
         found.append((measured['hardware'], {key: row['ratio'] for key, variant in variants.items()
-                                             for row in measured['rows'] if variant.describes(row)}))
+                                             for row in measured['rows']
+                                             if row['model'] == model and variant.describes(row)}))
     return found

@@ -53,7 +53,7 @@ def test_card_states_what_was_measured(name):
     assert training['learning rate'].startswith(f'{args["lr"]}, ')
     assert training['epochs, batch'] == f'{results["epochs"]}, 128'
     assert training['images'].startswith('45000 training, 5000 validation, 10000 test')
-    assert "**Not by the paper's recipe**" in parts['Training']
+    assert "**Not the paper's recipe.** By this project's recipe, `" in parts['Training']
     paper, = re.findall(r'^The paper reports (\S+) at p_L = .* after 500 epochs.$', parts['Results'], re.MULTILINE)
     assert f'are {results["test_best"]["top1_err"] - float(paper):.2f} points above the former' in parts['Results']
 
@@ -144,30 +144,56 @@ def test_what_was_not_measured_is_said_so():
     ('sd_resnet18', 'ILSVRC/imagenet-1k', None, None),
 ])
 def test_the_errors_of_others_are_of_the_same_network_and_data(model, dataset, errors, public):
-    found = compare(made_up(model=model, dataset=dataset))
+    augmentation = dict(crop_padding=0, hflip=0.) if 'svhn' in dataset else {}
+    results = made_up(model=model, dataset=dataset, **augmentation)
+    found = compare(results)
     assert (found.paper, found.public) == (errors, public)
+    if not errors:
+        assert 'The paper reports no error of this network on these data.' in make_card(results, found)
+
+
+def test_without_augmentation_the_paper_has_other_errors():
+    plain = dict(crop_padding=0, hflip=0.)
+    assert compare(made_up(**plain)).paper == (11.66, 0.5, 13.63, 'Table 1', 500)
+    assert compare(made_up(model='sd_resnet20_cifar.c10', **plain)).paper is None
+
+
+@pytest.mark.parametrize(('error', 'rate', 'words'), [
+    (6.25, 0.5, '1.00 points above the former'), (5., 0.5, '0.25 points below the former'),
+    (6.25, 0., '0.16 points below the latter')])
+def test_how_far_from_the_paper(error, rate, words):
+    results = made_up(error, drop_path=rate)
+    assert f'These weights are {words}.' in make_card(results, compare(results))
+
+
+FULL = dict(epochs=500, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5)
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
-    (dict(epochs=500, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5),
-     "By the paper's recipe, in full: `cifar10`, 500 epochs."),
-    (dict(epochs=8, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5),
-     "**By the paper's recipe with changes**: `cifar10`; changed: epochs 8."),
-    (dict(dataset='my/pictures'), "**Not by the paper's recipe**, but by this project's `cifar10`"),
-    (dict(config='quickstart'), "**Not by the paper's recipe**, but by this project's `quickstart`"),
+    (FULL, "By the paper's recipe, `cifar10`, in 500 epochs."),
+    (dict(FULL, epochs=8), "**Not in full.** By the paper's recipe, `cifar10`, in 8 epochs; changed: epochs 8."),
+    (dict(FULL, global_batch_size=256), 'in 500 epochs; changed: global_batch_size 256.'),
+    (dict(FULL, dataset='my/pictures'),
+     "**Not the paper's recipe.** By the paper's recipe on other data, `cifar10`, in 500 epochs."),
+    (dict(config='quickstart'), "**Not the paper's recipe.** By this project's recipe, `quickstart`, in "),
+    (dict(config='/elsewhere/mine.yaml'), "**Not the paper's recipe.** By a user's recipe, `mine`, in "),
+    # a file of the user's that has a recipe's name, and nothing changed of it
+    (dict(FULL, config='/elsewhere/cifar10.yaml', lr=0.05),
+     "**Not in full.** By the paper's recipe, `cifar10`, in 500 epochs; changed: lr 0.05."),
 ], ids=str)
 def test_whose_recipe_it_was_is_said(flags, words):
     results = made_up(**flags)
+    if 'elsewhere' in flags.get('config', ''):
+        results['changed_from_recipe'] = {}
     assert words in make_card(results, compare(results))
 
 
 def test_changed_is_what_differs_from_the_recipe_of_today():
     """A recipe may be changed after a run by it: what was a change no longer is one, and the other way round."""
-    results = made_up(lr=0.2, smoothing=0.1)
-    results['changed_from_recipe'] = dict(lr=0.2, smoothing=0.1, momentum=0.9)
+    results = made_up(**dict(FULL, smoothing=0.1))
+    results['changed_from_recipe'] = dict(smoothing=0.1, momentum=0.9)
     results['args']['weight_decay'] = 3e-4
-    changed = compare(results).changed
-    assert changed == dict(lr=0.2, smoothing=0.1, weight_decay=3e-4, epochs=100, decay_milestones=[51, 76])
+    assert compare(results).changed == dict(smoothing=0.1, weight_decay=3e-4)
 
 
 def test_weights_of_other_data_get_a_tag_of_their_own():

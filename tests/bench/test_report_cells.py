@@ -77,7 +77,7 @@ def test_every_error_is_in_its_own_cells_and_in_no_other(text, errors):
     assert [row[3:7] for row in rows] == [
         [errors.of('full', drop_path=0., **network), errors.of('full', **network), '300', 'full']]
 
-    (_, *rows), = tables(parts['Where constant depth fits: 38 layers'])
+    (_, *rows), = tables(parts['38 layers, which a CPU can train'])
     assert [[row[0], row[1], *row[6:9]] for row in rows if 'paper' not in row[1]] == [
         [name, f'{budget}, {epochs} epochs',
          *(errors.of(budget, depth=38, drop_path=rate, **network) for rate in (0., 0.2, 0.5))]
@@ -111,7 +111,6 @@ def test_every_error_is_in_its_own_cells_and_in_no_other(text, errors):
 
     assert errors.asked.keys() == errors.keys()
     cells = Counter(cell.rpartition(' / ')[2] for part in tables(text) for row in part for cell in row)
-    # The opening table says two of them once more, with words around them.
     assert {run: cells[error] for run, error in errors.items()} == dict(errors.asked)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import timm
 import torch
 
 import timing.contestants
@@ -263,13 +264,16 @@ def test_the_loop_runs_the_gates_of_the_bare_steps():
     assert contestant.draws(5) != contestant.draws(6)
 
 
-def test_the_rate_of_a_trained_network_is_measured_in_evaluation(tmp_path):
+def test_the_rate_of_a_trained_network_is_measured_in_evaluation(tmp_path, monkeypatch):
+    create, made = timm.create_model, []
+    monkeypatch.setattr(timm, 'create_model', lambda *args: made.append(create(*args)) or made[-1])
     result = run_here('throughput.py', '--inference', '--no-amp', '-b', '4', '--rounds', '2', '--model',
                       'sd_resnet20_cifar', 'sd_resnet32_cifar', '--output', tmp_path / 'out')
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / 'out.json').read_text())['rows']
     assert [(row['model'], row['batch_size'], row['amp']) for row in rows] == [
         ('sd_resnet20_cifar', 4, False), ('sd_resnet32_cifar', 4, False)]
+    assert [network.training for network in made] == [False, False]
     for row in rows:
         assert 0 < row['images_per_second']['q1'] <= row['images_per_second']['q3']
     assert not (tmp_path / 'out.png').exists()

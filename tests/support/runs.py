@@ -4,7 +4,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from harness.recipes import parse_train_flags
+from harness.recipes import is_packaged, parse_train_flags
 from support.commands import BENCH
 
 KEPT = BENCH / 'results' / 'runs'
@@ -33,20 +33,20 @@ def flags_of(recipe):
 def made_up(error=None, seed=0, hardware=None, epoch_seconds=None, dataset=None, **flags):
     """A results.json like that of 110 layers at p_L = 0.5 and budget `fitted`, with other flags."""
     results = json.loads((TEMPLATE / 'results.json').read_text())
-    args, flags = results['args'], {**FITTED, **flags}
-    args.update(flags, seed=seed)
-    recipe = Path(args['config']).stem
-    said = flags_of(recipe)
+    flags = {**FITTED, **flags}
+    recipe = Path(flags.get('config', 'cifar10')).stem
+    said = flags_of(recipe) if is_packaged(recipe) else {}
+    args = {**results['args'], **said, **flags, 'seed': seed}
+    args['global_batch_size'] = flags.get('global_batch_size', args['batch_size'])
     results.update(
-        recipe=recipe, model=args['model'], epochs=args['epochs'], seed=seed, drop_path_rate=args['drop_path'],
-        changed_from_recipe={key: flags[key] for key in flags.keys() - NO_CHANGE if said[key] != flags[key]})
+        args=args, recipe=recipe, model=args['model'], epochs=args['epochs'], seed=seed,
+        drop_path_rate=args['drop_path'], dataset=dataset or args['dataset'],
+        changed_from_recipe={key: flags[key] for key in flags.keys() - NO_CHANGE if said.get(key) != flags[key]})
     results['hardware'].update(hardware or {})
     if error is not None:
         results['test_best']['top1_err'] = error
     if epoch_seconds is not None:
         results['epoch_seconds'] = epoch_seconds
-    if dataset is not None:
-        results['dataset'] = dataset
     return results
 
 
