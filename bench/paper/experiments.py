@@ -17,9 +17,9 @@ SMOKE_EPOCHS = 4
 # A regulariser can be judged where constant depth fits its training images: where the training loss of its last epoch
 # is below this, with augmentation and without.
 FITS = {True: 0.1, False: 0.02}
-# `fitted` has the fewest epochs, of those tried with 38 layers (results/reproduction/notes.md), in which constant depth
-# fits, by recipe and augmentation. Stochastic depth fits later, so this alone would be biased against it: `twice` has
-# twice as many.
+# `fitted` has about as few epochs as 38 layers at constant depth need to fit, by recipe and augmentation (which were
+# tried: results/reproduction/notes.md). Stochastic depth fits later, so this alone would be biased against it: `twice`
+# has twice as many.
 FITTED_EPOCHS = {('cifar10', False): 16, ('cifar100', False): 24, ('cifar10', True): 100}
 
 

@@ -62,31 +62,32 @@ class KeptRuns:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.runs: dict[str, Found] = {}
-        self.names: dict[str, list[str]] = {}  # of the folders, likewise by training
-        for run_folder in [RunFolder(path.parent) for path in sorted(folder.glob('*/results.json'))]:
+        # By training and seed: results.json, the rows of summary.csv, the folder's name.
+        self.runs: dict[str, dict[int, tuple[dict[str, Any], list[dict[str, float]], str]]] = {}
+        for path in sorted(folder.glob('*/results.json')):
+            run_folder = RunFolder(path.parent)
             results = run_folder.read_results()
             if results is None:  # a link to nothing
                 continue
-            key = _key(training_of_run(results))
-            found = self.runs.get(key, Found([], []))
-            if results['seed'] in (other['seed'] for other in found.results):
-                raise UserError(f'{run_folder.path} is a second run of the same flags and seed; remove one of the two')
-            runs = [*zip(*found, strict=True), (results, run_folder.read_summary())]
-            self.runs[key] = Found(*map(list, zip(*sorted(runs, key=lambda run: run[0]['seed']), strict=True)))
-            self.names.setdefault(key, []).append(run_folder.path.name)
+            by_seed = self.runs.setdefault(_key(training_of_run(results)), {})
+            if results['seed'] in by_seed:
+                raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
+            by_seed[results['seed']] = results, run_folder.read_summary(), path.parent.name
 
     def find(self, experiment: Experiment, budget: str) -> Found:
         """The finished runs of an experiment."""
         if experiment.epochs(budget) is None:
             return Found([], [])
-        return self.runs.get(_key(training_of_experiment(experiment, budget)), Found([], []))
+        by_seed = self.runs.get(_key(training_of_experiment(experiment, budget)), {})
+        runs = [by_seed[seed] for seed in sorted(by_seed)]
+        return Found([results for results, _, _ in runs], [rows for _, rows, _ in runs])
 
     def names_of_no(self, experiments: Iterable[Experiment]) -> list[str]:
         """The folders of the runs that are of none of these experiments, at no budget."""
         keys = {_key(training_of_experiment(experiment, budget)) for experiment in experiments for budget in BUDGETS
                 if experiment.epochs(budget) is not None}
-        return sorted(name for key, names in self.names.items() if key not in keys for name in names)
+        return sorted(name for key, by_seed in self.runs.items() if key not in keys
+                      for _, _, name in by_seed.values())
 
     def budgets(self, experiments: Iterable[Experiment]) -> list[str]:
         """The budgets that some of them were run at; `full` if there are none, for its empty cells."""
