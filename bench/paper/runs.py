@@ -1,4 +1,5 @@
 """The trainings of a table or figure: which ones, how far they are, and training what isn't complete."""
+import argparse
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ class ChoiceSettings:
     recipe: list[str] | None = flag(None, 'only these data sets', choices=numbers.EPOCHS, nargs='+')
     depth: list[int] | None = flag(None, 'only these depths', type=positive_int, nargs='+')
     drop_path: list[float] | None = flag(None, 'only these 1 - p_L', type=drop_rate, nargs='+')
+    augment: bool | None = flag(None, 'only with augmentation, or without', action=argparse.BooleanOptionalAction)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,9 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
     if settings.cuda_graphs and settings.grad_checkpointing:
         raise UserError('--cuda-graphs can not record --grad-checkpointing; leave out one of them')
     experiments = list(dict.fromkeys(TARGETS[target]))
-    filters = {key: values for key in ('recipe', 'depth', 'drop_path') if (values := getattr(choice, key)) is not None}
+    given = {key: getattr(choice, key) for key in ('recipe', 'depth', 'drop_path', 'augment')}
+    filters = {key: values if isinstance(values, list) else [values]
+               for key, values in given.items() if values is not None}
     for key, values in filters.items():
         available = sorted({getattr(experiment, key) for experiment in experiments})
         for value in values:
@@ -169,15 +173,10 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
               if all(getattr(experiment, key) in values for key, values in filters.items())]
     if not chosen:
         raise UserError(f'{target} has no run that is of {" and ".join(map(str, filters.values()))} at once')
-    known = [experiment for experiment in chosen if experiment.epochs(choice.budget) is not None]
-    if len(known) < len(chosen):
-        left_out = next(experiment.name(choice.budget, 0) for experiment in chosen if experiment not in known)
-        said = (f'the budget {choice.budget} has no epochs for {len(chosen) - len(known)} of the {len(chosen)} runs, '
-                f'such as {left_out}')
-        if not known:
-            raise UserError(f'{said}; take --budget full')
-        print(f'left out: {said}', file=sys.stderr)
-    chosen = known
+    unknown = [experiment.name(choice.budget, 0) for experiment in chosen if experiment.epochs(choice.budget) is None]
+    if unknown:
+        raise UserError(f'the budget {choice.budget} has no epochs for {len(unknown)} of the {len(chosen)} runs, such as '
+                        f'{unknown[0]}; choose others with --recipe and --augment')
     if choice.data is not None and choice.budget != 'smoke':
         missing = sorted({experiment.data for experiment in chosen if not (choice.data / experiment.data).is_dir()})
         if missing:

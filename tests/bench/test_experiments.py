@@ -183,6 +183,8 @@ def test_flags_choose_runs():
     assert [(run.experiment.data, run.seed) for run in chosen('table2', recipe=['svhn'], seeds=[3, 4])] == [
         ('svhn', 3), ('svhn', 4)] * 2
     assert len(chosen('depth1202')) == 2
+    assert [run.experiment.recipe for run in chosen('effect', augment=False, drop_path=[0.5], budget='fitted')] == [
+        'cifar10', 'cifar100']
 
 
 @pytest.mark.parametrize(('experiment', 'step', 'seconds'), [

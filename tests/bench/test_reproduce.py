@@ -14,7 +14,7 @@ import paper.runs
 import reproduce
 from harness.recipes import changed_from_recipe, parse_train_flags
 from paper.experiments import Experiment
-from paper.runs import ChoiceSettings, Run, RunSettings, choose_runs, failure_reason
+from paper.runs import Run, RunSettings, failure_reason
 from support.commands import assert_same_run, bench, command, refused, run_here
 from support.markdown import sections, tables
 from support.runs import TEMPLATE
@@ -195,14 +195,6 @@ def test_what_can_be_recorded_is():
         assert flags.checkpoint_interval == (10 if is_recorded else 1)
 
 
-def test_a_budget_leaves_out_what_it_has_no_epochs_for(tmp_path, capsys):
-    chosen = choose_runs('table1', ChoiceSettings(budget='fitted'), RunSettings())
-    assert {(run.experiment.recipe, run.experiment.augment) for run in chosen} == {
-        ('cifar10', True), ('cifar10', False), ('cifar100', False)}
-    assert 'left out: the budget fitted has no epochs for 6 of the 12 runs, such as cifar100-110-constant-fitted-0' in (
-        capsys.readouterr().err)
-
-
 @pytest.mark.parametrize(('log', 'why'), [
     ('train.py: error: no\n\nlast', 'train.py: error: no'),
     ('Traceback\ntorch.OutOfMemoryError: CUDA out of memory\n\n', 'torch.OutOfMemoryError: CUDA out of memory'),
@@ -236,8 +228,8 @@ def test_a_plan_runs_nothing_and_adds_up(trainings, tmp_path, monkeypatch):
     (['fig7', '--recipe', 'svhn'], ['no run of --recipe svhn', 'cifar10']),
     (['table1', '--recipe', 'svhn', '--depth', '110'], ['svhn', '110']),
     (['table1', '--data', '/nowhere'], ['/nowhere', 'cifar10, cifar100, imagenet, svhn', '--recipe']),
-    (['table1', '--budget', 'fitted', '--recipe', 'svhn'],
-     ['fitted has no epochs for 2 of the 2 runs', 'svhn-152-constant-fitted-0', '--budget full']),
+    (['table1', '--budget', 'fitted'], ['no epochs for 6 of the 12 runs', 'cifar100-110-constant-fitted-0', '--augment']),
+    (['fig7', '--no-augment'], ['no run of --augment False']),
     (['report', '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
     ([*ONE_RUN, '--results', '/proc/nowhere'], ['/proc/nowhere', '--results']),
     ([*ONE_RUN, '--output', '/proc/nowhere'], ['/proc/nowhere', '--output']),
