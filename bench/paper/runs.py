@@ -175,8 +175,8 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
         raise UserError(f'{target} has no run that is of {" and ".join(map(str, filters.values()))} at once')
     unknown = [experiment.name(choice.budget, 0) for experiment in chosen if experiment.epochs(choice.budget) is None]
     if unknown:
-        raise UserError(f'the budget {choice.budget} has no epochs for {len(unknown)} of the {len(chosen)} runs, such as '
-                        f'{unknown[0]}; choose others with --recipe and --augment')
+        raise UserError(f'the budget {choice.budget} has no epochs for {len(unknown)} of the {len(chosen)} runs, such '
+                        f'as {unknown[0]}; choose others with --recipe and --augment')
     if choice.data is not None and choice.budget != 'smoke':
         missing = sorted({experiment.data for experiment in chosen if not (choice.data / experiment.data).is_dir()})
         if missing:
