@@ -59,11 +59,10 @@ def step_seconds(depth: int, grad_checkpointing: bool, cuda_graphs: bool) -> flo
 def print_plan(runs: list[Run], settings: RunSettings) -> None:
     """The runs, how far they are, and how long the rest takes, one after the other."""
     steps: dict[tuple[int, bool], float] = {}  # seconds, by depth and whether they are recorded
-    total = 0.
+    total, epochs_done = 0., [run.epochs_done() for run in runs]
     print(f'{"run":44}{"epochs":>8}{"done":>6}{"hours left":>12}')
-    for run in runs:
-        depth, done = run.experiment.depth, run.epochs_done()
-        left, hours = run.epochs - done, 0.
+    for run, done in zip(runs, epochs_done, strict=True):
+        depth, left, hours = run.experiment.depth, run.epochs - done, 0.
         if left and run.experiment.data != 'imagenet':
             key = depth, run.is_recorded(settings)
             if key not in steps:

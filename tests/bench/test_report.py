@@ -164,6 +164,15 @@ def test_the_opening_table_is_of_the_longest_runs(tmp_path):
     assert 'not yet' in done[3]
 
 
+def test_with_augmentation_p_l_is_one_that_helps_38_layers_in_the_paper(tmp_path):
+    for rate, error in ((0., 8.), (0.2, 7.), (0.5, 9.)):
+        add_run(tmp_path, f'{rate}', made_up(error, model='sd_resnet38_cifar.c10', drop_path=rate),
+                [dict(dict.fromkeys(COLUMNS, 0.), grad_magnitude=1.)])
+    row = opening(tmp_path)[3]
+    assert row[:3] == ['test error (%), CIFAR-10+, p_L = 0.8', '6.67 to 6.29, 38 layers, Fig. 8',
+                       '8.00 to 7.00, 38 layers, fitted, 100 epochs, seeds 1, 1']
+
+
 @pytest.mark.parametrize(('loss', 'fit', 'words'), [
     (0.019, 'yes', 'reproduced: 2.00 ± 1.43 lower'),
     (0.021, 'no', 'says nothing: constant depth does not fit, training loss 0.021')])
@@ -327,7 +336,8 @@ def steps_row(ratio, **fields):
 def test_steps_of_another_network_scale_schedule_or_mode_are_not_taken(tmp_path):
     others = [dict(model='sd_resnet56_cifar'), dict(scale='eval'), dict(schedule='uniform'),
               dict(mode='torchvision-row'), dict(drop_path=0.2), dict(compiled=True), dict(loop=True)]
-    rows = [*(steps_row(9., **other) for other in others), steps_row(0.987, name='by hand')]
+    foreign = [steps_row(9., **other) for other in others]
+    rows = [*foreign, steps_row(0.987, name='by hand'), *foreign]
     hardware = dict(device='an abacus', amp=False)
     (tmp_path / 'timing').mkdir()
     (tmp_path / 'timing' / 'throughput_modes.json').write_text(json.dumps(dict(rows=rows, hardware=hardware)))

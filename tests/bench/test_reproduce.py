@@ -126,9 +126,10 @@ def test_a_run_of_another_training_is_not_taken_for_this_one(trainings, tmp_path
     """Such as one that was made when the budget had other epochs."""
     finish(tmp_path / place / NAME, **change)
     before = contents(tmp_path)
-    said = refused('reproduce.py', *ONE_RUN, *folders(tmp_path))
-    assert f'{tmp_path / place / NAME} is no run of budget smoke: ' in said
-    assert words in said
+    for plan in ([], ['--plan']):
+        said = refused('reproduce.py', *ONE_RUN, *plan, *folders(tmp_path))
+        assert f'{tmp_path / place / NAME} is no run of budget smoke: ' in said
+        assert words in said
     assert trainings == []
     assert contents(tmp_path) == before
 
