@@ -68,9 +68,8 @@ def verdict(constant: Found, stochastic: Found) -> str:
 
     gain = statistics.mean(constant.errors) - statistics.mean(stochastic.errors)
     chance = 3 * (variance(constant) + variance(stochastic)) ** 0.5
-    if abs(gain) <= chance:
-        return f'no difference beyond chance: {gain:.2f} ± {chance:.2f} lower'
-    return f'{"reproduced" if gain > 0 else "not reproduced"}: {gain:.2f} ± {chance:.2f} lower'
+    said = 'no difference beyond chance' if abs(gain) <= chance else 'reproduced' if gain > 0 else 'not reproduced'
+    return f'{said}: {abs(gain):.2f} {"lower" if gain > 0 else "higher"}, ± {chance:.2f}'
 
 
 class Report:

@@ -117,14 +117,14 @@ def found_runs(errors, images):
 
 @pytest.mark.parametrize(('constant', 'stochastic', 'images', 'words'), [
     # of one seed the error of 10,000 images: at 10 % its variance is 10 x 90 / 10,000 = 0.09, of two 0.18
-    ([10.], [8.], 10_000, 'reproduced: 2.00 ± 1.21 lower'),
-    ([10.], [9.], 10_000, 'no difference beyond chance: 1.00 ± 1.24 lower'),
-    ([10.], [9.5], 1_000_000, 'reproduced: 0.50 ± 0.13 lower'),
-    ([9.], [11.], 10_000, 'not reproduced: -2.00 ± 1.27 lower'),
+    ([10.], [8.], 10_000, 'reproduced: 2.00 lower, ± 1.21'),
+    ([10.], [9.], 10_000, 'no difference beyond chance: 1.00 lower, ± 1.24'),
+    ([10.], [9.5], 1_000_000, 'reproduced: 0.50 lower, ± 0.13'),
+    ([9.], [11.], 10_000, 'not reproduced: 2.00 higher, ± 1.27'),
     # of several seeds their own: variances of 1 / 3 and 4 / 3
-    ([9., 10., 11.], [4., 6., 8.], 10_000, 'reproduced: 4.00 ± 3.87 lower'),
+    ([9., 10., 11.], [4., 6., 8.], 10_000, 'reproduced: 4.00 lower, ± 3.87'),
     # which is no smaller than that of their images, however alike the seeds
-    ([10., 10.], [9.99, 9.99], 10_000, 'no difference beyond chance: 0.01 ± 0.90 lower'),
+    ([10., 10.], [9.99, 9.99], 10_000, 'no difference beyond chance: 0.01 lower, ± 0.90'),
 ])
 def test_a_verdict_is_of_what_is_more_than_chance(constant, stochastic, images, words):
     assert verdict(found_runs(constant, images), found_runs(stochastic, images)) == words
@@ -156,7 +156,7 @@ def test_the_opening_table_is_of_the_longest_runs(tmp_path):
     assert plain[1:] == [
         '13.63 to 11.66, 110 layers, Table 1',
         f'14.00 ± 0.00 (2) to 12.00 ± 0.00 (2), 38 layers, twice, {PLAIN.epochs("twice")} epochs, seeds 2, 2',
-        'reproduced: 2.00 ± 1.01 lower']
+        'reproduced: 2.00 lower, ± 1.01']
     assert [row[1:] for row in others] == [['44.74 to 37.80, 110 layers, Table 1', '', 'not run'],
                                            ['6.67 to 6.29, 38 layers, Fig. 8', '', 'not run']]
     assert times[1:] == ['0.73 of it', '', 'not measured']
@@ -174,7 +174,7 @@ def test_with_augmentation_p_l_is_one_that_helps_38_layers_in_the_paper(tmp_path
 
 
 @pytest.mark.parametrize(('loss', 'fit', 'words'), [
-    (0.019, 'yes', 'reproduced: 2.00 ± 1.43 lower'),
+    (0.019, 'yes', 'reproduced: 2.00 lower, ± 1.43'),
     (0.021, 'no', 'says nothing: constant depth does not fit, training loss 0.021')])
 def test_nothing_is_said_of_runs_that_do_not_fit(tmp_path, loss, fit, words):
     add_pair(tmp_path, 'fitted', (14., 12.), loss)

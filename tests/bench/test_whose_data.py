@@ -101,8 +101,8 @@ def test_its_card_says_what_it_is(run, pets):
     assert 'Model card for sd_resnet20_cifar.sd_my_pets' in card
     assert '**Data set:** my pets, a local folder' in card
     assert 'huggingface.co/datasets' not in card
-    assert 'paper reports' not in card
-    assert 'where the paper trains' not in card
+    assert 'The paper reports no error of this network on these data.' in card
+    assert "**Not the paper's recipe.** By this project's recipe, `cifar10_short`" in card
     for path in (run / 'hub').iterdir():
         assert str(os.path.dirname(pets)).encode() not in path.read_bytes(), path
         assert str(run.parent).encode() not in path.read_bytes(), path
