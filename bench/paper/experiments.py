@@ -66,10 +66,6 @@ class Experiment:
         fitted = FITTED_EPOCHS.get((self.recipe, self.augment))
         return fitted and fitted * dict(fitted=1, twice=2)[budget]
 
-    def dataset(self, budget: str) -> str:
-        """The data set by its recipe's name."""
-        return read_recipe('quickstart' if budget == 'smoke' else self.recipe)['dataset']
-
     def name(self, budget: str, seed: int) -> str:
         """Of the run folder. Mode, scale, augmentation and learning rate are named where they aren't the paper's."""
         words = [self.recipe, str(self.depth), f'{1 - self.drop_path:g}-{self.schedule}' if self.drop_path else

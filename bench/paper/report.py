@@ -64,7 +64,8 @@ def verdict(constant: Found, stochastic: Found) -> str:
     def variance(runs: Found) -> float:
         errors, mean = runs.errors, statistics.mean(runs.errors)
         over_images = mean * (100 - mean) / runs.results[0]['images']['test']
-        return max([over_images, *([statistics.variance(errors)] if len(errors) > 1 else [])]) / len(errors)
+        over_seeds = statistics.variance(errors) if len(errors) > 1 else 0.
+        return max(over_images, over_seeds) / len(errors)
 
     gain = statistics.mean(constant.errors) - statistics.mean(stochastic.errors)
     chance = 3 * (variance(constant) + variance(stochastic)) ** 0.5

@@ -71,7 +71,7 @@ class Run(NamedTuple):
     @property
     def epochs(self) -> int:
         epochs = self.experiment.epochs(self.budget)
-        assert epochs is not None  # `choose_runs` leaves out the others
+        assert epochs is not None  # `choose_runs` refuses the others
         return epochs
 
     @property
