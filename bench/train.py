@@ -15,7 +15,7 @@ from harness.data.splits import load_splits, make_batches
 from harness.engine import default_amp
 from harness.errors import UserError
 from harness.graphs import check_recordable
-from harness.launch import LaunchSettings, describe_processes, join_processes
+from harness.launch import LaunchSettings, describe_processes, from_main_process, join_processes
 from harness.network import build_network, first_branch_weight, registered_name
 from harness.optimizer import build_optimizer
 from harness.recipes import TrainFlags, group_flags, parse_train_flags
@@ -82,7 +82,8 @@ def main() -> None:
     args = parse_train_flags()
     registered_name(args.model)
     accelerator = join_processes(make_settings(LaunchSettings, args))
-    args.amp = default_amp(accelerator.device.type) if args.amp is None else args.amp
+    if args.amp is None:  # timed by one, so that all train alike
+        args.amp = from_main_process(accelerator, lambda: default_amp(accelerator.device.type))
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
     trainer = build_trainer(flags, accelerator)

@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from harness import engine
 from harness.data.in_memory import ImageSet, MemoryBatches
-from harness.engine import TrainStep, autocast, default_amp, evaluate, train_epoch
+from harness.engine import TrainStep, autocast, convolution_seconds, default_amp, evaluate, train_epoch
 from harness.graphs import RecordedStep
 from harness.pictures import Mistakes
 from support.data import image_set
@@ -151,9 +152,18 @@ def test_evaluation_waits_for_the_device_once(waits):
         waits.clear()
 
 
-@pytest.mark.parametrize(('bf16', 'amx'), [(False, False), (True, False), (False, True)])
-def test_bf16_is_the_default_where_it_is_faster(monkeypatch, bf16, amx):
-    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: bf16)
-    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-    assert default_amp('cpu') == (bf16 or amx)
+@pytest.mark.parametrize('is_faster', [False, True])
+def test_bf16_is_the_default_where_it_is_faster(monkeypatch, is_faster):
+    monkeypatch.setattr(engine, 'convolution_seconds', lambda amp: 1. if amp == is_faster else 2.)
+    default_amp.cache_clear()
+    assert default_amp('cpu') is is_faster
     assert default_amp('cuda') is True
+    default_amp.cache_clear()
+
+
+def test_the_convolution_that_is_timed_runs_in_the_precision_asked_for(monkeypatch):
+    ran = []
+    convolve = nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, 'conv2d', lambda *args: ran.append(convolve(*args)) or ran[-1])
+    assert min(convolution_seconds(amp=True), convolution_seconds(amp=False)) > 0
+    assert [output.dtype for output in ran] == [torch.bfloat16] * 10 + [torch.float32] * 10
