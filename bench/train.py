@@ -12,10 +12,9 @@ from accelerate import Accelerator
 
 from harness.cli import make_settings, run_script
 from harness.data.splits import load_splits, make_batches
-from harness.engine import default_amp
 from harness.errors import UserError
 from harness.graphs import check_recordable
-from harness.launch import LaunchSettings, describe_processes, from_main_process, join_processes
+from harness.launch import LaunchSettings, describe_processes, join_processes
 from harness.network import build_network, first_branch_weight, registered_name
 from harness.optimizer import build_optimizer
 from harness.recipes import TrainFlags, group_flags, parse_train_flags
@@ -53,7 +52,7 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}')
     return Trainer(
         settings=flags.training, epochs=flags.optimizer.epochs, model=model, optimizer=optimizer, scheduler=scheduler,
-        batches=batches, accelerator=accelerator, amp=bool(flags.network.amp), folder=folder, data=data,
+        batches=batches, accelerator=accelerator, amp=flags.record['amp'], folder=folder, data=data,
         watched=watched)
 
 
@@ -68,7 +67,7 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
         depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'
     names = trainer.data.class_names
     sizes = '/'.join(str(batches.images or '?') for batches in trainer.batches.values())
-    return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), {"bf16" if network.amp else "fp32"}'
+    return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), {"bf16" if trainer.amp else "fp32"}'
             f'{", channels_last" if network.channels_last else ""}'
             f'{", CUDA graphs" if flags.training.cuda_graphs else ""} | '
             f'{describe_processes(trainer.accelerator)} x batch {flags.images.batch_size} | {network.model}'
@@ -82,8 +81,6 @@ def main() -> None:
     args = parse_train_flags()
     registered_name(args.model)
     accelerator = join_processes(make_settings(LaunchSettings, args))
-    if args.amp is None:  # timed by one, so that all train alike
-        args.amp = from_main_process(accelerator, lambda: default_amp(accelerator.device.type))
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
     trainer = build_trainer(flags, accelerator)

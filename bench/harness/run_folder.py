@@ -28,6 +28,7 @@ from accelerate import Accelerator
 
 from harness.cli import flag
 from harness.data.sources import is_public
+from harness.engine import default_amp
 from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
 from harness.launch import from_main_process
@@ -246,6 +247,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _differences(flags: dict[str, Any], old: dict[str, Any]) -> list[str]:
     keys = flags.keys() & old.keys() - {*MAY_DIFFER, 'batch_size'}  # global_batch_size may not differ
+    if flags['amp'] is None:  # open: the old run's
+        keys -= {'amp'}
     return [f'{key} {old[key]} -> {flags[key]}' for key in sorted(keys) if flags[key] != old[key]]
 
 
@@ -292,14 +295,19 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str) 
 def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator: Accelerator, name: str) -> RunFolder:
     """Finds the run folder on the main process, makes it, and tells the others: the clock is in its name.
 
-    See `find_run_folder`.
+    Where the flags leave `amp` open it is settled, in all processes: a run goes on in the precision that it was begun
+    in, a new one in the faster. See `find_run_folder`.
     """
-    def find() -> RunFolder:
+    def find() -> tuple[RunFolder, bool]:
         folder = find_run_folder(settings, flags, name)
+        if flags['amp'] is None:
+            begun = folder.read_flags() or {}
+            flags['amp'] = begun['amp'] if 'amp' in begun else default_amp(accelerator.device.type)
         folder.create(flags)
         folder.lock()
-        return folder
-    return from_main_process(accelerator, find)
+        return folder, flags['amp']
+    folder, flags['amp'] = from_main_process(accelerator, find)
+    return folder
 
 
 def public_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class Run(NamedTuple):
             RunFolder(copy).write_results(without_paths(results))  # last: it marks the copy as complete
 
     def command(self, data: Path | None, threads: int | None, settings: RunSettings) -> list[str]:
-        """The command line that trains it, or goes on with it in the precision that it was begun in.
+        """The command line that trains it, or goes on with it.
 
         Args:
             data: Folder that holds local copies of the data sets, or None for the Hub.
@@ -138,9 +138,6 @@ class Run(NamedTuple):
                 str(self.output), '--experiment', self.name, '--resume', 'auto']
         if threads is not None:
             line += ['--threads', str(threads)]
-        begun = RunFolder(self.output / self.name).read_flags()
-        if begun is not None and 'amp' in begun:
-            line.append('--amp' if begun['amp'] else '--no-amp')
         if self.is_recorded(settings):
             line += ['--cuda-graphs', '--validation-batch-size', '1000', '--checkpoint-interval', '10']
         return line + ['--grad-checkpointing'] * settings.grad_checkpointing
@@ -241,11 +238,7 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
             for run in left:
                 # Into files: a pipe would end a training when this process ends.
                 stderr = stack.enter_context(logs[run].open('w')) if logs else None
-                try:
-                    line = run.command(data, threads, settings)
-                except UserError as error:  # its folder can't be read
-                    failed.append(f'{run.name}: {error}')
-                    continue
+                line = run.command(data, threads, settings)
                 with user_errors(f'--cluster {settings.cluster}'):  # submitit's: no such partition
                     jobs[run] = executor.submit(
                         subprocess.run, line, check=True, stdout=subprocess.DEVNULL, stderr=stderr)

@@ -148,19 +148,6 @@ def test_runs_side_by_side_share_the_cores(trainings, tmp_path, monkeypatch):
     assert [parse_train_flags(line[2:]).threads for line in trainings] == [2, 2, 2]
 
 
-def test_goes_on_in_the_precision_of_the_beginning(tmp_path):
-    run = Run(Experiment(depth=20), 'smoke', 0, tmp_path / 'output', tmp_path / 'results' / 'runs')
-    settings = RunSettings(grad_checkpointing=True)
-    assert not {'--amp', '--no-amp'} & set(run.command(None, None, settings))
-    folder = tmp_path / 'output' / NAME
-    folder.mkdir(parents=True)
-    for amp, flag in (('true', '--amp'), ('false', '--no-amp')):
-        (folder / 'args.yaml').write_text(f'amp: {amp}')
-        line = run.command(None, None, settings)
-        assert flag in line
-        assert parse_train_flags(line[2:]).grad_checkpointing
-
-
 @pytest.mark.parametrize(('place', 'file', 'content'), [
     *((place, 'results.json', content) for place in ('output', 'results/runs') for content in (b'{"model', b'', b'{}')),
     ('output', 'summary.csv', b'epoch\n')])
@@ -171,17 +158,6 @@ def test_a_broken_run_is_named_and_nothing_is_started(trainings, tmp_path, place
     said = refused('reproduce.py', *ONE_RUN, *folders(tmp_path))
     assert str(path) in said
     assert trainings == []
-
-
-def test_a_run_whose_flags_are_lost_fails_and_the_others_go_on(trainings, tmp_path):
-    folder = tmp_path / 'output' / NAME
-    folder.mkdir(parents=True)
-    (folder / 'args.yaml').write_text('amp: [')
-    result = run_here('reproduce.py', *ONE_RUN, '--seeds', '0', '1', *folders(tmp_path))
-    assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
-    assert f'1 of 2 runs failed; {NAME}: {folder / "args.yaml"} can not be read' in last
-    assert (tmp_path / 'results' / 'runs' / OTHER / 'results.json').exists()
 
 
 def test_what_can_be_recorded_is():

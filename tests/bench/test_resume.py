@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import engine, training
+from harness import engine, run_folder, training
 from harness.run_folder import RunFolder
 from support.commands import assert_same_run, read_results, refused, run_here
 
@@ -281,6 +281,18 @@ def test_without_resume_an_old_run_is_not_overwritten(copy):
 def test_other_flags_than_the_run_had(copy, flags, words):
     said = refused('train.py', *copy[1], *flags)
     assert all(word in said for word in words)
+
+
+def test_a_run_goes_on_in_its_precision_where_the_flags_do_not_name_one(copy, finished, monkeypatch):
+    folder, args = copy
+    (folder / 'results.json').unlink()
+    RunFolder(folder).remove_after(2)
+    monkeypatch.setattr(run_folder, 'default_amp', lambda device_type: True)
+    result = run_here('train.py', *[flag for flag in args if flag != '--no-amp'])
+    assert result.returncode == 0, result.stderr
+    assert ', fp32,' in result.stderr.splitlines()[0]
+    assert_same_run(folder, finished[0])
+    assert read_results(folder)['args']['amp'] is False
 
 
 def test_a_run_is_gone_on_with_by_its_folder(copy, finished):

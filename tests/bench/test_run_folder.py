@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from harness import files
+from harness import files, run_folder
 from harness.errors import UserError
 from harness.recipes import parse_train_flags
-from harness.run_folder import COLUMNS, FolderSettings, RunFolder, find_run_folder
+from harness.run_folder import COLUMNS, FolderSettings, RunFolder, find_run_folder, open_run_folder
 from support.commands import refused
 
 LAYER = 'layer.weight'
@@ -181,6 +182,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
 def find(output, resume=None, experiment=None, **flags):
     """The folder that these flags mean; the first time it is made."""
     flags = dict(dict(output=str(output), resume=resume, experiment=experiment, lr=0.1, threads=1, data_dir=None,
+                      amp=False,
                       batch_size=8, global_batch_size=8, validation_batch_size=None, checkpoint_interval=1), **flags)
     folder = find_run_folder(FolderSettings(str(output), experiment, resume), flags, 'net-32')
     folder.create(flags)
@@ -212,8 +214,31 @@ def test_auto_goes_on_with_the_newest_run_of_the_same_flags(tmp_path):
         find(tmp_path, resume=str(tmp_path / 'nowhere'))
 
 
+def test_a_run_goes_on_in_the_precision_of_its_beginning(tmp_path, monkeypatch):
+    """Whatever is faster when it goes on; of a new run that decides, unless the flags do."""
+    accelerator = Accelerator(cpu=True)
+
+    def settled(amp, is_faster, experiment=None):
+        monkeypatch.setattr(run_folder, 'default_amp', lambda device_type: is_faster)
+        flags = dict(lr=0.1, amp=amp)
+        settings = FolderSettings(str(tmp_path / str(begun)), experiment, resume='auto')
+        folder = open_run_folder(settings, flags, accelerator, 'net-32')
+        assert folder.read_flags() == flags
+        return folder.path, flags['amp']
+
+    for begun in (False, True):
+        path, amp = settled(None, begun)
+        assert amp is begun
+        assert settled(None, not begun) == settled(begun, not begun) == (path, begun)
+        with pytest.raises(UserError, match=f'amp {begun} -> {not begun}'):
+            settled(not begun, begun, path.name)
+        other, amp = settled(not begun, begun, 'other')
+        assert other != path
+        assert amp is not begun
+
+
 def test_a_run_of_a_hub_repository_is_found_again(tmp_path):
-    flags = dict(output=str(tmp_path), resume='auto', experiment=None, model='hf-hub:our/net')
+    flags = dict(output=str(tmp_path), resume='auto', experiment=None, amp=False, model='hf-hub:our/net')
     settings = FolderSettings(output=str(tmp_path), resume='auto')
     new = find_run_folder(settings, flags, 'hf-hub:our/net-32')
     assert new.path.parent == tmp_path
