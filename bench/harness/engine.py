@@ -27,7 +27,7 @@ def autocast(device: torch.device, enabled: bool, cache: bool = True) -> Autocas
 
 @torch.no_grad()
 def convolution_seconds(amp: bool) -> float:
-    """Of one on the CPU, of the size of those in the paper's networks; the fastest of ten."""
+    """Seconds of one convolution on the CPU, of a size as in the paper's networks; the fastest of ten."""
     convolution = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.zeros(32, 32, 16, 16).to(memory_format=torch.channels_last)
     with autocast(x.device, amp)():
