@@ -38,8 +38,8 @@ def convolution_seconds(amp: bool) -> float:
 def default_amp(device_type: str) -> bool:
     """Whether bf16 autocast is faster than fp32 there: on GPUs, and on CPUs where a convolution is.
 
-    A CPU is timed, because its instructions don't say it: those of AVX-512 bf16 make convolutions twice as fast on
-    some, and half as fast on others.
+    A CPU is timed, because its instructions don't say it: with AVX-512 bf16 convolutions are faster on some CPUs and
+    slower on others.
     """
     return device_type != 'cpu' or convolution_seconds(amp=True) < convolution_seconds(amp=False)
 

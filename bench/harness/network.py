@@ -22,7 +22,8 @@ class NetworkSettings:
     model: str = flag('sd_resnet110_cifar', "timm's name of the network")
     pretrained: bool = flag(False, 'start from the published weights')
     model_kwargs: dict[str, Any] = flag({}, "more arguments of timm's create_model", **KEY_VALUES)
-    amp: bool | None = flag(None, 'bf16 autocast (default: if faster)', action=argparse.BooleanOptionalAction)
+    amp: bool | None = flag(None, 'bf16 autocast; None: as the run was begun, or if faster',
+                            action=argparse.BooleanOptionalAction)
     channels_last: bool = flag(True, 'use the channels_last memory layout')
 
     @property

@@ -29,7 +29,8 @@ from harness.errors import UserError, one_line
 from harness.files import write_atomic, write_json
 from harness.network import registered_name
 from harness.plots import save_gates
-from harness.run_folder import RunFolder, without_paths
+from harness.results import without_paths
+from harness.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

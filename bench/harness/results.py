@@ -1,15 +1,32 @@
 """The end of a run: its weights are tested, and the run folder gets what others read of it."""
 import statistics
+from pathlib import Path
 from typing import Any
 
 import timm_sd
+from harness.data.sources import is_public
 from harness.machine import versions
 from harness.network import registered_name
 from harness.pictures import Mistakes, save_mistakes
 from harness.plots import save_curves
 from harness.recipes import TrainFlags, changed_from_recipe
-from harness.run_folder import RunFolder, public_flags
+from harness.run_folder import RunFolder
 from harness.training import Trainer
+
+
+def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run for others to see: without the paths of this machine."""
+    public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
+    if flags['dataset'] and not is_public(flags['dataset']):
+        public['dataset'] = Path(flags['dataset']).name
+    if flags['model'].startswith('local-dir:'):
+        public['model'] = f'local-dir:{Path(flags["model"]).name}'
+    return public
+
+
+def without_paths(results: dict[str, Any]) -> dict[str, Any]:
+    """results.json for others to see."""
+    return dict(results, args=public_flags(results['args']))
 
 
 def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:

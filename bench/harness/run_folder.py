@@ -27,7 +27,6 @@ import yaml
 from accelerate import Accelerator
 
 from harness.cli import flag
-from harness.data.sources import is_public
 from harness.engine import default_amp
 from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
@@ -308,18 +307,3 @@ def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator
         return folder, flags['amp']
     folder, flags['amp'] = from_main_process(accelerator, find)
     return folder
-
-
-def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run for others to see: without the paths of this machine."""
-    public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
-    if flags['dataset'] and not is_public(flags['dataset']):
-        public['dataset'] = Path(flags['dataset']).name
-    if flags['model'].startswith('local-dir:'):
-        public['model'] = f'local-dir:{Path(flags["model"]).name}'
-    return public
-
-
-def without_paths(results: dict[str, Any]) -> dict[str, Any]:
-    """results.json for others to see."""
-    return dict(results, args=public_flags(results['args']))

@@ -15,7 +15,8 @@ from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, write_atomic
 from harness.machine import cores
 from harness.paths import RESULTS, TRAIN
-from harness.run_folder import RunFolder, without_paths
+from harness.results import without_paths
+from harness.run_folder import RunFolder
 from paper import numbers
 from paper.experiments import BUDGETS, TARGETS, Experiment, training_of_experiment, training_of_run
 

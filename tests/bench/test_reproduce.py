@@ -160,6 +160,14 @@ def test_a_broken_run_is_named_and_nothing_is_started(trainings, tmp_path, place
     assert trainings == []
 
 
+def test_flags_of_the_machine_reach_the_training_and_the_precision_is_left_to_it(tmp_path):
+    run = Run(Experiment(depth=20), 'smoke', 0, tmp_path / 'output', tmp_path / 'results' / 'runs')
+    flags = parse_train_flags(run.command(None, 3, RunSettings(grad_checkpointing=True))[2:])
+    assert flags.grad_checkpointing
+    assert flags.threads == 3
+    assert flags.amp is None
+
+
 def test_what_can_be_recorded_is():
     """With what else keeps a GPU from waiting."""
     settings = RunSettings(cuda_graphs=True)
@@ -286,15 +294,17 @@ def test_submitit_runs_it_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_training_says_why_and_the_others_go_on(tmp_path):
+@pytest.mark.parametrize(('flags', 'why'), [
+    ('{epochs: 99, amp: false}', 'epochs 99 -> 4'), ('amp: [', f'{NAME}/args.yaml can not be read')])
+def test_a_failing_training_says_why_and_the_others_go_on(tmp_path, flags, why):
     folder = tmp_path / 'output' / NAME
     folder.mkdir(parents=True)
-    (folder / 'args.yaml').write_text('{epochs: 99, amp: false}')
+    (folder / 'args.yaml').write_text(flags)
     result = run_here('reproduce.py', *ONE_RUN, '--seeds', '0', '1', '--processes', '2', *folders(tmp_path))
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]
     assert f'1 of 2 runs failed; {NAME}: ' in last
-    assert 'epochs 99 -> 4' in last
+    assert why in last
     assert [path.parent.name for path in (tmp_path / 'results').rglob('results.json')] == [OTHER]
 
 
