@@ -174,7 +174,8 @@ def test_copies_of_a_data_set_have_one_content_and_others_another(pets, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason='the data sets lie in ../shared/data')
-@pytest.mark.parametrize('recipe', ['cifar10', 'cifar10_short', 'cifar10_1202', 'cifar100'])
+@pytest.mark.parametrize('recipe', ['cifar10', 'cifar10_short', 'cifar10_weights', 'cifar10_1202', 'cifar100',
+                                    'cifar100_weights'])
 def test_recipes_know_their_data_set(recipe):
     args = parse_train_flags(['-c', recipe])
     source = SourceSettings(data_dir=str(SHARED / recipe.partition('_')[0]), dataset=args.dataset,
