@@ -31,8 +31,9 @@ StepTimes = tuple[dict[str, Any], dict[str, dict[str, float]]]
 DATA_NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
               'cifar10_unaugmented': 'CIFAR-10', 'cifar100_unaugmented': 'CIFAR-100'}
 HOW = f"""A difference counts where it is more than three times its standard error: that over the seeds, and at least
-that of so many test images. Where constant depth does not fit its training images, a regulariser can't be judged: a fit
-is a training loss below {FITS[False]} in the last epoch, or {FITS[True]} with augmentation.
+that of so many test images. One seed is not judged: it doesn't show how far seeds differ. Where constant depth does not
+fit its training images, a regulariser can't be judged: a fit is a training loss below {FITS[False]} in the last epoch,
+or {FITS[True]} with augmentation.
 
 Written by `python bench/reproduce.py report` from [runs/](../runs), the results.json and summary.csv of each finished
 run. A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
@@ -59,18 +60,21 @@ def fits(constant: Found, run: Experiment) -> bool:
 def verdict(constant: Found, stochastic: Found) -> str:
     """Whether stochastic depth has the lower test error by more than chance: three times the standard error.
 
-    The variance of an error of p percent over n test images is p (100 - p) / n.
+    The variance of an error of p percent over n test images is p (100 - p) / n. One seed is not judged: it doesn't show
+    how far seeds differ.
     """
     def variance(runs: Found) -> float:
-        errors, mean = runs.errors, statistics.mean(runs.errors)
+        mean = statistics.mean(runs.errors)
         over_images = mean * (100 - mean) / runs.results[0]['images']['test']
-        over_seeds = statistics.variance(errors) if len(errors) > 1 else 0.
-        return max(over_images, over_seeds) / len(errors)
+        return max(over_images, statistics.variance(runs.errors)) / len(runs.errors)
 
     gain = statistics.mean(constant.errors) - statistics.mean(stochastic.errors)
+    difference = f'{abs(gain):.2f} {"lower" if gain > 0 else "higher"}'
+    if min(len(constant.errors), len(stochastic.errors)) == 1:
+        return f'one seed, not judged: {difference}'
     chance = 3 * (variance(constant) + variance(stochastic)) ** 0.5
     said = 'no difference beyond chance' if abs(gain) <= chance else 'reproduced' if gain > 0 else 'not reproduced'
-    return f'{said}: {abs(gain):.2f} {"lower" if gain > 0 else "higher"}, ± {chance:.2f}'
+    return f'{said}: {difference}, ± {chance:.2f}'
 
 
 class Report:
@@ -89,15 +93,18 @@ class Report:
         """What was reproduced, what was not yet, and why."""
         lines = ['| from constant to stochastic depth | the paper | ours | |', '|---|---|---|---|']
         for data, runs in EFFECT.items():
-            beside, ours, said = numbers.BESIDE_38[data], '', 'not run'
-            for label, found in self.compared(runs, beside.p_last)[-1:]:
+            beside = numbers.BESIDE_38[data]
+            head = (f'| test error (%), {DATA_NAMES[data]}, p_L = {beside.p_last} | {beside.errors[1.]:.2f} to '
+                    f'{beside.errors[beside.p_last]:.2f}, {beside.where}')
+            compared = self.compared(runs, beside.p_last)
+            if not compared:
+                lines.append(f'{head} |  | not run |')
+            for label, found in compared:
                 constant, stochastic = found[1.], found[beside.p_last]
-                ours = (f'{cell(constant.errors)} to {cell(stochastic.errors)}, 38 layers, {label}, '
-                        f'seeds {seeds(constant, stochastic)}')
                 said = verdict(constant, stochastic) if fits(constant, runs[1.]) else (
                     f'says nothing: constant depth does not fit, training loss {cell(constant.losses, 3)}')
-            lines.append(f'| test error (%), {DATA_NAMES[data]}, p_L = {beside.p_last} | {beside.errors[1.]:.2f} to '
-                         f'{beside.errors[beside.p_last]:.2f}, {beside.where} | {ours} | {said} |')
+                lines.append(f'{head} | {cell(constant.errors)} to {cell(stochastic.errors)}, 38 layers, {label}, '
+                             f'seeds {seeds(constant, stochastic)} | {said} |')
         paper = numbers.TABLE2['cifar10']
         ratios = [(hardware, modes['batch']) for hardware, modes in self.times if 'batch' in modes]
         steps = ', '.join(f'{ratio["median"]:.2f} on {machine(hardware)}' for hardware, ratio in ratios)
