@@ -60,8 +60,7 @@ def fits(constant: Found, run: Experiment) -> bool:
 def verdict(constant: Found, stochastic: Found) -> str:
     """Whether stochastic depth has the lower test error by more than chance: three times the standard error.
 
-    The variance of an error of p percent over n test images is p (100 - p) / n. One seed is not judged: it doesn't show
-    how far seeds differ.
+    The variance of an error of p percent over n test images is p (100 - p) / n. One seed is not judged.
     """
     def variance(runs: Found) -> float:
         mean = statistics.mean(runs.errors)
