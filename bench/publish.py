@@ -54,7 +54,8 @@ def compare(results: dict[str, Any]) -> Comparison:
     return Comparison(
         paper=numbers.errors_of(name, augment=bool(args['crop_padding'] or args['hflip'])),
         public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
-        recipe_of=whose_recipe(results), changed=changed_by_run(results),
+        recipe_of=whose_recipe(results), is_cut=results['epochs'] < numbers.EPOCHS.get(results['recipe'], 0),
+        changed={flag: value for flag, value in changed_by_run(results).items() if flag not in ('epochs', 'model')},
         saving=find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
 
 

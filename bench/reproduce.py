@@ -80,7 +80,8 @@ def main() -> None:
     choice, settings = make_settings(ChoiceSettings, flags), make_settings(RunSettings, flags)
     if flags.target == 'report':
         folder = results_folder(settings, choice.budget)
-        variants = {mode: Variant(mode, run.drop_path, run.schedule, run.scale) for mode, run in BY_MODE.items()}
+        timed = {**BY_MODE, 'paper': Experiment()}
+        variants = {name: Variant(run.mode, run.drop_path, run.schedule, run.scale) for name, run in timed.items()}
         print(Report(folder, ratios(folder / 'timing', 'sd_resnet110_cifar', variants)).write())
         return
     runs = choose_runs(flags.target, choice, settings)

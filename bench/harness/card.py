@@ -19,14 +19,16 @@ class Comparison(NamedTuple):
 
     Attributes:
         paper: The paper's errors of this network (`paper.numbers.NetworkErrors`); None where it has none.
-        public: The lowest test error of public weights of this depth, in percent; None where none are known.
+        public: The best public weights of this depth (`paper.numbers.Public`); None where none are known.
         recipe_of: Whose the run's recipe is.
-        changed: The flags by which the run differs from its recipe.
+        is_cut: Whether that is the paper's recipe, in fewer epochs than the paper's.
+        changed: The flags by which the run differs from its recipe, without its epochs and model.
         saving: What throughput.py measured of this network at this p_L: a row, and its `hardware`.
     """
     paper: Any
-    public: float | None
+    public: Any
     recipe_of: str
+    is_cut: bool
     changed: dict[str, Any]
     saving: dict[str, Any] | None
 

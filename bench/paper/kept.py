@@ -1,4 +1,4 @@
-"""The kept runs, found by what they were trained by, and what a cell of the report says of them."""
+"""The kept runs, found by what they were trained by, and what the report says of them in a cell."""
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from harness.errors import UserError
 from harness.run_folder import RunFolder
-from paper.experiments import BUDGETS, Experiment, training_of_experiment, training_of_run
+from paper.experiments import BUDGETS, FITS, Experiment, training_of_experiment, training_of_run
 
 
 def has_all_cores(hardware: dict[str, Any]) -> bool:
@@ -98,6 +98,31 @@ class KeptRuns:
 
 def _key(training: dict[str, Any]) -> str:
     return json.dumps(training, sort_keys=True)
+
+
+def fits(constant: Found, run: Experiment) -> bool:
+    """Whether constant depth fits its training images, with each seed."""
+    return max(constant.losses) < FITS[run.augment]
+
+
+def verdict(constant: Found, stochastic: Found) -> str:
+    """Whether stochastic depth has the lower test error by more than chance: three times the standard error.
+
+    The variance of an error of p percent over n test images is p (100 - p) / n. More seeds don't make it smaller: they
+    are tested on the same images. One seed is not judged.
+    """
+    def variance(runs: Found) -> float:
+        mean = statistics.mean(runs.errors)
+        over_images = mean * (100 - mean) / runs.results[0]['images']['test']
+        return max(over_images, statistics.variance(runs.errors) / len(runs.errors))
+
+    gain = statistics.mean(constant.errors) - statistics.mean(stochastic.errors)
+    difference = f'{abs(gain):.2f} {"lower" if gain > 0 else "higher"}'
+    if min(len(constant.errors), len(stochastic.errors)) == 1:
+        return f'one seed, not judged: {difference}'
+    chance = 3 * (variance(constant) + variance(stochastic)) ** 0.5
+    said = 'no difference beyond chance' if abs(gain) <= chance else 'reproduced' if gain > 0 else 'not reproduced'
+    return f'{said}: {difference}, ± {chance:.2f}'
 
 
 def cell(values: Sequence[float], digits: int = 2) -> str:

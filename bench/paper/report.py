@@ -24,56 +24,35 @@ from paper.experiments import (
     Experiment,
 )
 from paper.figures import save_curves, save_map, save_survival
-from paper.kept import Found, KeptRuns, cell, epochs, machine, machines, seeds, time_ratio
+from paper.kept import Found, KeptRuns, cell, epochs, fits, machine, machines, seeds, time_ratio, verdict
 
-# The hardware that steps were timed on, and the ratios of each mode's step to constant depth's.
+# The hardware that steps were timed on, and the ratios to constant depth's step: of each mode at scale `train`, and of
+# the paper's training.
 StepTimes = tuple[dict[str, Any], dict[str, dict[str, float]]]
 DATA_NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
               'cifar10_unaugmented': 'CIFAR-10', 'cifar100_unaugmented': 'CIFAR-100'}
-HOW = f"""A difference counts where it is more than three times its standard error: that over the seeds, and at least
-that of so many test images. One seed is not judged: it doesn't show how far seeds differ. Where constant depth does not
-fit its training images, a regulariser can't be judged: a fit is a training loss below {FITS[False]} in the last epoch,
-or {FITS[True]} with augmentation.
+HOW = f"""A difference of test errors counts where it is more than three times its standard error. The standard error is
+that of the seeds' mean, and no less than that of one error on so many test images, which all seeds share. One seed is
+not judged: it doesn't show how far seeds differ. Where constant depth does not fit its training images, a regulariser
+can't be judged: a fit is a training loss below {FITS[False]} in the last epoch of each seed, or {FITS[True]} with
+augmentation. A step takes less time where it does so in three of four turns.
 
 Written by `python bench/reproduce.py report` from [runs/](../runs), the results.json and summary.csv of each finished
 run. A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
-seed, or the mean over several with its standard deviation and their number. An empty cell was not run. A `+` is with
-augmentation.
+seed, or the mean over several with its standard deviation and their number. The cell of what was not run is empty. A
+`+` is with augmentation.
 
 Budgets: `full` is the paper's epochs. `fitted` is the paper's recipe with a first epoch at a learning rate of 0.01, in
 about as few epochs as 38 layers at constant depth need to fit, its learning rate steps in proportion. `twice` has twice
-as many, since stochastic depth fits later. `smoke` tries the machinery on handwritten digits and says nothing about the
-paper."""
-NOT_YET = 'not yet: they take a GPU, and SVHN and ImageNet their images'
+as many, since stochastic depth learns more slowly. `smoke` tries the machinery on handwritten digits and says nothing
+about the paper."""
+NOT_RUN = 'not run yet: a pair takes hours on a CPU'
+NOT_YET = 'not yet: on a CPU most take days, and SVHN and ImageNet their images'
 
 
 def budget_label(run: Experiment, budget: str) -> str:
     """A budget with its epochs, for the head of a row."""
     return f'{budget}, {run.epochs(budget)} epochs'
-
-
-def fits(constant: Found, run: Experiment) -> bool:
-    """Whether constant depth fits its training images."""
-    return statistics.mean(constant.losses) < FITS[run.augment]
-
-
-def verdict(constant: Found, stochastic: Found) -> str:
-    """Whether stochastic depth has the lower test error by more than chance: three times the standard error.
-
-    The variance of an error of p percent over n test images is p (100 - p) / n. One seed is not judged.
-    """
-    def variance(runs: Found) -> float:
-        mean = statistics.mean(runs.errors)
-        over_images = mean * (100 - mean) / runs.results[0]['images']['test']
-        return max(over_images, statistics.variance(runs.errors)) / len(runs.errors)
-
-    gain = statistics.mean(constant.errors) - statistics.mean(stochastic.errors)
-    difference = f'{abs(gain):.2f} {"lower" if gain > 0 else "higher"}'
-    if min(len(constant.errors), len(stochastic.errors)) == 1:
-        return f'one seed, not judged: {difference}'
-    chance = 3 * (variance(constant) + variance(stochastic)) ** 0.5
-    said = 'no difference beyond chance' if abs(gain) <= chance else 'reproduced' if gain > 0 else 'not reproduced'
-    return f'{said}: {difference}, ± {chance:.2f}'
 
 
 class Report:
@@ -97,32 +76,43 @@ class Report:
                     f'{beside.errors[beside.p_last]:.2f}, {beside.where}')
             compared = self.compared(runs, beside.p_last)
             if not compared:
-                lines.append(f'{head} |  | not run |')
+                lines.append(f'{head} |  | {NOT_RUN} |')
             for label, found in compared:
                 constant, stochastic = found[1.], found[beside.p_last]
                 said = verdict(constant, stochastic) if fits(constant, runs[1.]) else (
                     f'says nothing: constant depth does not fit, training loss {cell(constant.losses, 3)}')
                 lines.append(f'{head} | {cell(constant.errors)} to {cell(stochastic.errors)}, 38 layers, {label}, '
                              f'seeds {seeds(constant, stochastic)} | {said} |')
-        paper = numbers.TABLE2['cifar10']
-        ratios = [(hardware, modes['batch']) for hardware, modes in self.times if 'batch' in modes]
-        steps = ', '.join(f'{ratio["median"]:.2f} on {machine(hardware)}' for hardware, ratio in ratios)
-        said = 'not measured' if not ratios else 'reproduced' if max(ratio['q3'] for _, ratio in ratios) < 1 else (
-            'not reproduced everywhere')
-        lines.append(f'| training time, 110 layers, p_L = 0.5 | {paper.stochastic / paper.constant:.2f} of it '
-                     f'| {steps and f"of a step {steps}"} | {said} |')
+        hours = numbers.TABLE2['cifar10']
+        lines.append("| time, constant depth's = 1, 110 layers, p_L = 0.5 "
+                     f'| {hours.stochastic / hours.constant:.2f} for the training, Table 2 '
+                     f'| {" | ".join(self.time_saved())} |')
         done = sum(bool(self.find(run, 'full').results) for run in PAPER)
         lines.append(f'| all trainings of Tables 1 and 2, Figures 3, 7 and 8 and 1202 layers | {len(PAPER)}, of 50 to '
                      f'500 epochs | {done} | {"done" if done == len(PAPER) else NOT_YET} |')
         return '\n'.join(lines)
+
+    def time_saved(self) -> tuple[str, str]:
+        """Ratios of the paper's step to constant depth's on each machine, and whether it takes less time."""
+        ratios: dict[str, list[dict[str, float]]] = {}
+        for hardware, timed in self.times:
+            for name in timed.keys() & {'batch', 'paper'}:  # both scales drop the same blocks
+                ratios.setdefault(machine(hardware), []).append(timed[name])
+        medians = {where: sorted(f'{ratio["median"]:.2f}' for ratio in found) for where, found in ratios.items()}
+        steps = '; '.join(f'{" to ".join(dict.fromkeys((found[0], found[-1])))} on {where}'
+                          for where, found in sorted(medians.items()))
+        slow = ', '.join(sorted(where for where, found in ratios.items() if any(ratio['q3'] >= 1 for ratio in found)))
+        if not steps:
+            return '', 'not measured'
+        return f'for a step: {steps}', 'less time' + (f', but not each time on {slow}' if slow else '')
 
     def effect(self) -> str:
         """Test errors of 38 layers, and whether constant depth fits."""
         rates = (1., 0.8, 0.5)
         lines = ['## 38 layers, which a CPU can train\n',
                  'Training losses are those of the last epoch; p_L = 1 is constant depth.\n',
-                 '| data | whose | training loss, p_L = 1 | 0.8 | 0.5 | fits | test error, p_L = 1 | 0.8 | 0.5 | seeds '
-                 '| on |', '|---|---|---|---|---|---|---|---|---|---|---|']
+                 '| data | whose | training loss, p_L = 1 | 0.8 | 0.5 | p_L = 1 fits | test error, p_L = 1 | 0.8 | 0.5 '
+                 '| seeds | on |', '|---|---|---|---|---|---|---|---|---|---|---|']
         for data, runs in EFFECT.items():
             beside = numbers.BESIDE_38[data]
             errors = [f'{beside.errors[p_last]:.2f}' if p_last in beside.errors else '' for p_last in rates]
@@ -181,8 +171,8 @@ class Report:
         """Figures 3 and 7: the last training losses and the gradients by phase; pictures of the longest runs."""
         target, pictures = numbers.FIG3, {}
         losses = ['## Figures 3 and 7: training loss, error and gradients\n',
-                  'The training loss of the last epoch. The pictures show the first seed of each of the longest runs, '
-                  'and validation errors, since the test images are looked at once, when a run is finished.\n',
+                  'The training loss of the last epoch. The pictures show one seed of the longest runs, and validation '
+                  'errors, since the test images are looked at once, when a run is finished.\n',
                   '| | constant | stochastic, p_L = 0.5 |', '|---|---|---|',
                   f'| paper, 110 layers, CIFAR-10+ | {target.constant:g} | {target.stochastic:g} |']
         gradients = ["\nMean absolute gradient of the first block's first convolution in the three phases of the "
@@ -202,8 +192,13 @@ class Report:
                     ratio = statistics.mean(stochastic) / statistics.mean(constant)
                     gradients.append(
                         f'| {label} | {phase} | {cell(constant, 3)} | {cell(stochastic, 3)} | {ratio:.1f} |')
-                pictures[f'curves-{runs[1.].depth}-{data}.png'] = label, {
-                    p_last: each.rows[0] for p_last, each in found.items() if each.rows}
+                by_seed = {p_last: {results['seed']: rows for results, rows in zip(*each, strict=True)}
+                           for p_last, each in found.items()}
+                shared = by_seed[1.].keys() & by_seed[0.5].keys()
+                if shared:
+                    seed = min(shared)
+                    pictures[f'curves-{runs[1.].depth}-{data}.png'] = f'{label}, seed {seed}', {
+                        p_last: rows[seed] for p_last, rows in by_seed.items() if seed in rows}
         for file, (_, rows) in pictures.items():
             save_curves(rows, self.folder / file)
         shown = [f'\n{label}:\n\n![training loss, validation error and gradient by epoch]({file})'
@@ -274,7 +269,8 @@ class Report:
         for hardware, ratios in self.times:
             cells = ['{median:.2f} ({q1:.2f} to {q3:.2f})'.format(**ratios[mode]) if mode in ratios else ''
                      for mode in BY_MODE]
-            rows.append(f'| {machine(hardware)} | {" | ".join(cells)} |')
+            if any(cells[1:]):  # batch was timed beside another
+                rows.append(f'| {machine(hardware)} | {" | ".join(cells)} |')
         head = ['\nSteps of scale `train` timed in turns, in those of constant depth, the median and the quartiles:\n',
                 f'| on | {" | ".join(BY_MODE)} |', '|---' * (len(BY_MODE) + 1) + '|']
         return '\n'.join([*head, *rows]) if rows else ''

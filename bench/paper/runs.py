@@ -155,6 +155,9 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
     Raises:
         UserError: If one of them isn't there, or its data.
     """
+    if choice.budget in ('fitted', 'twice') and target != 'effect':
+        raise UserError(f'--budget {choice.budget} has epochs for the 38 layers of effect alone; choose effect, or '
+                        'another budget')
     if settings.cuda_graphs and settings.grad_checkpointing:
         raise UserError('--cuda-graphs can not record --grad-checkpointing; leave out one of them')
     experiments = list(dict.fromkeys(TARGETS[target]))
@@ -171,10 +174,6 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
               if all(getattr(experiment, key) in values for key, values in filters.items())]
     if not chosen:
         raise UserError(f'{target} has no run that is of {" and ".join(map(str, filters.values()))} at once')
-    unknown = [experiment.name(choice.budget, 0) for experiment in chosen if experiment.epochs(choice.budget) is None]
-    if unknown:
-        raise UserError(f'the budget {choice.budget} has no epochs for {len(unknown)} of the {len(chosen)} runs, such '
-                        f'as {unknown[0]}; choose others with --recipe and --augment')
     if choice.data is not None and choice.budget != 'smoke':
         missing = sorted({experiment.data for experiment in chosen if not (choice.data / experiment.data).is_dir()})
         if missing:

@@ -124,9 +124,9 @@ def find_row(folder: Path, model: str, variant: Variant) -> dict[str, Any] | Non
 
 def ratios(folder: Path, model: str,
            variants: dict[str, Variant]) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
-    """A network's steps of `variants` in throughput_modes*.json: of each file its hardware, and the ratios by key."""
+    """A network's steps of `variants` in each of the JSON files of a folder: its hardware, and the ratios by key."""
     found = []
-    for path in sorted(folder.glob('throughput_modes*.json')):
+    for path in sorted(folder.glob('throughput*.json')):
         measured = json.loads(path.read_text())
         found.append((measured['hardware'], {key: row['ratio'] for key, variant in variants.items()
                                              for row in measured['rows']

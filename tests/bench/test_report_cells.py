@@ -16,10 +16,10 @@ TABLE1 = {
     'SVHN': (dict(recipe='svhn', depth=152), dict(full='50')),
     'ImageNet, top-1': (dict(recipe='imagenet', depth=152), dict(full='120')),
     'CIFAR-10': (dict(augment=False), dict(full='500', fitted='24')),
-    'CIFAR-100': (dict(recipe='cifar100', augment=False), dict(full='500')),
+    'CIFAR-100': (dict(recipe='cifar100', augment=False), dict(full='500', fitted='60')),
 }
 EFFECT = {'CIFAR-10': (dict(augment=False), dict(full='500', fitted='24')),
-          'CIFAR-100': (dict(recipe='cifar100', augment=False), dict(full='500')),
+          'CIFAR-100': (dict(recipe='cifar100', augment=False), dict(full='500', fitted='60')),
           'CIFAR-10+': (dict(), dict(full='500', fitted='100'))}
 
 
