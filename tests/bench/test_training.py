@@ -17,7 +17,8 @@ from harness.machine import hardware
 from harness.network import DepthSettings, NetworkSettings, build_network, first_branch_weight
 from harness.results import closing_lines
 from harness.run_folder import COLUMNS, RunFolder
-from support.commands import ROOT, assert_same_run, read_csv, read_results, run_here, summary, weights
+from support.commands import assert_same_run, read_csv, read_results, run_here, summary, weights
+from support.runs import KEPT
 
 
 def before_each_update(monkeypatch, look):
@@ -96,9 +97,9 @@ def test_closing_lines_are_the_folder_the_errors_and_the_time(tmp_path):
 
 def test_a_run_of_an_older_version_is_told_too():
     """Its results.json may lack what was added since."""
-    folder = ROOT / 'hub_cards' / 'sd_resnet20_cifar.c10'
+    folder = KEPT / 'cifar10_16_epochs_scale_eval'
     _, error, seconds = closing_lines(RunFolder(folder), read_results(folder)).splitlines()
-    assert re.findall(r'[0-9.]+', error) == ['8.56', '45', '8.56', '45']
+    assert re.findall(r'[0-9.]+', error) == ['24.66', '14', '24.65', '16']
     total = sum(float(row['train_seconds']) for row in read_csv(folder / 'summary.csv'))
     assert re.findall(r'[0-9.]+', seconds)[0] == f'{total:.0f}'
 
