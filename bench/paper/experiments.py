@@ -17,9 +17,9 @@ SMOKE_EPOCHS = 4
 # A regulariser can be judged where constant depth fits its training images: where the training loss of its last epoch
 # is below this, with augmentation and without.
 FITS = {True: 0.1, False: 0.02}
-# `fitted` has about as few epochs as 38 layers at constant depth need to fit, by recipe and augmentation: 24 do, the
-# others are guesses that nobody has tried (results/reproduction/notes.md). Stochastic depth learns more slowly, so this
-# alone would be biased against it: `twice` has twice as many.
+# `fitted` has about as few epochs as 38 layers at constant depth need to fit, by recipe and augmentation: 24 are
+# enough, the others are guesses that nobody has tried (results/reproduction/notes.md). Stochastic depth learns more
+# slowly, so this alone would be biased against it: `twice` has twice as many.
 FITTED_EPOCHS = {('cifar10', False): 24, ('cifar100', False): 60, ('cifar10', True): 100}
 
 

@@ -153,7 +153,7 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
     """The runs that the flags name.
 
     Raises:
-        UserError: If one of them isn't there, or its data.
+        UserError: If one of them isn't there, or its data, or the target doesn't have the budget.
     """
     if choice.budget in ('fitted', 'twice') and target != 'effect':
         raise UserError(f'--budget {choice.budget} has epochs for the 38 layers of effect alone; choose effect, or '
