@@ -48,13 +48,13 @@ def whose_recipe(results: dict[str, Any]) -> str:
 
 def compare(results: dict[str, Any]) -> Comparison:
     """The figures of others for a run, how it was trained, and the saving that was measured for its network."""
-    name, args = full_name(results), results['args']
+    name, args, recipe = full_name(results), results['args'], results['recipe']
     mode, schedule, scale = method_of(results)
     depth_and_tag = numbers.depth_and_tag(name)
     return Comparison(
         paper=numbers.errors_of(name, augment=bool(args['crop_padding'] or args['hflip'])),
         public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
-        recipe_of=whose_recipe(results), is_cut=results['epochs'] < numbers.EPOCHS.get(results['recipe'], 0),
+        recipe_of=whose_recipe(results), epochs=(read_recipe(recipe) if is_packaged(recipe) else results)['epochs'],
         changed={flag: value for flag, value in changed_by_run(results).items() if flag not in ('epochs', 'model')},
         saving=find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
 

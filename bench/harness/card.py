@@ -21,14 +21,14 @@ class Comparison(NamedTuple):
         paper: The paper's errors of this network (`paper.numbers.NetworkErrors`); None where it has none.
         public: The best public weights of this depth (`paper.numbers.Public`); None where none are known.
         recipe_of: Whose the run's recipe is.
-        is_cut: Whether that is the paper's recipe, in fewer epochs than the paper's.
+        epochs: The recipe's; the run's where the package doesn't have the recipe.
         changed: The flags by which the run differs from its recipe, without its epochs and model.
         saving: What throughput.py measured of this network at this p_L: a row, and its `hardware`.
     """
     paper: Any
     public: Any
     recipe_of: str
-    is_cut: bool
+    epochs: int
     changed: dict[str, Any]
     saving: dict[str, Any] | None
 
