@@ -25,6 +25,8 @@ from paper import numbers
 from timing.contestants import Variant
 from timing.rows import find_row
 
+# Flags that a card has a place of its own for.
+SAID_ELSEWHERE = ('model', 'epochs', 'fingerprint')
 PRETRAINED = Path(timm_sd.__file__).parent / 'pretrained'
 TIMING = RESULTS / 'timing'
 
@@ -55,7 +57,7 @@ def compare(results: dict[str, Any]) -> Comparison:
         paper=numbers.errors_of(name, augment=bool(args['crop_padding'] or args['hflip'])),
         public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
         recipe_of=whose_recipe(results), epochs=(read_recipe(recipe) if is_packaged(recipe) else results)['epochs'],
-        changed={flag: value for flag, value in changed_by_run(results).items() if flag not in ('epochs', 'model')},
+        changed={flag: value for flag, value in changed_by_run(results).items() if flag not in SAID_ELSEWHERE},
         saving=find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
 
 

@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
         public: The best public weights of this depth (`paper.numbers.Public`); None where none are known.
         recipe_of: Whose the run's recipe is.
         epochs: The recipe's; the run's where the package doesn't have the recipe.
-        changed: The flags by which the run differs from its recipe, without its epochs and model.
+        changed: The flags by which the run differs from its recipe, but model, epochs and fingerprint.
         saving: What throughput.py measured of this network at this p_L: a row, and its `hardware`.
     """
     paper: Any

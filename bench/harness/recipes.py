@@ -115,11 +115,11 @@ def is_packaged(recipe: str) -> bool:
 
 
 def changed_from_recipe(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that say something else than their recipe does. What an older run did not know yet is no change."""
+    """The flags that say something else than their recipe does. What an older run did not know yet was the default."""
     elsewhere = {*MAY_DIFFER, 'config', 'seed', 'amp', 'log_gradients'}  # recorded elsewhere, or without effect
+    flags = {**vars(train_parser().parse_args([])), **flags}
     recipe = vars(parse_train_flags(['-c', flags['config']]))
-    return {key: flags[key] for key, value in recipe.items()
-            if key in flags and flags[key] != value and key not in elsewhere}
+    return {key: flags[key] for key, value in recipe.items() if flags[key] != value and key not in elsewhere}
 
 
 def changed_by_run(results: dict[str, Any]) -> dict[str, Any]:

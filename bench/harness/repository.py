@@ -48,11 +48,10 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         UserError: If it isn't finished and whole, doesn't say what its data was, or was not trained with whole blocks
             dropped.
     """
-    run = RunFolder(run_folder)
-    results = run.read_results()
-    if results is None:
+    run = RunFolder(run_folder).read_run()
+    if run is None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
-    run.read_summary()  # is it whole?
+    results, _ = run
     for name in ('model.safetensors', 'curves.png'):
         if not (run_folder / name).is_file():
             raise UserError(f'{run_folder} is no whole run: it has no {name}')

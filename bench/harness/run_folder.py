@@ -155,6 +155,22 @@ class RunFolder:
                     f'{path} is damaged in row {number}, {",".join(line)[:60]!r}; {WRITTEN_ANEW}') from error
         return rows
 
+    def read_run(self) -> tuple[dict[str, Any], list[dict[str, float]]] | None:
+        """results.json and the rows of summary.csv, or None before the run is complete.
+
+        Raises:
+            UserError: If one of them can't be read, or they are of two runs.
+        """
+        results = self.read_results()
+        if results is None:
+            return None
+        rows = self.read_summary()
+        last = round(100 - rows[-1]['eval_top1'], 4)
+        if last != results['val_top1_err_last']:
+            raise UserError(f'{self.path} holds files of two runs: the last validation error of summary.csv is {last}, '
+                            f'of results.json {results["val_top1_err_last"]}; {WRITTEN_ANEW}')
+        return results, rows
+
     def epochs_written(self) -> int:
         """Rows of summary.csv, while the run goes on too; 0 before there is one."""
         path = self.path / 'summary.csv'

@@ -17,10 +17,10 @@ SMOKE_EPOCHS = 4
 # A regulariser can be judged where constant depth fits its training images: where the training loss of its last epoch
 # is below this, with augmentation and without.
 FITS = {True: 0.1, False: 0.02}
-# `fitted` has about as few epochs as 38 layers at constant depth need to fit, by recipe and augmentation: 24 are
-# enough, the others are guesses that nobody has tried (results/reproduction/notes.md). Stochastic depth learns more
-# slowly, so this alone would be biased against it: `twice` has twice as many.
-FITTED_EPOCHS = {('cifar10', False): 24, ('cifar100', False): 60, ('cifar10', True): 100}
+# `fitted` has enough epochs for constant depth to fit, by layers, recipe and augmentation: 24 are enough, the others
+# are guesses that nobody has tried (results/reproduction/notes.md). Stochastic depth learns more slowly, so this alone
+# would be biased against it: `twice` has twice as many.
+FITTED_EPOCHS = {(38, 'cifar10', False): 24, (38, 'cifar100', False): 60, (38, 'cifar10', True): 100}
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Experiment:
         return self.recipe.partition('_')[0]
 
     def epochs(self, budget: str) -> int | None:
-        """Of a budget; None where `FITTED_EPOCHS` has none for the recipe."""
+        """Of a budget; None where `FITTED_EPOCHS` has none for the depth and the recipe."""
         if budget == 'smoke':
             return SMOKE_EPOCHS
         if budget == 'full':
             return numbers.EPOCHS[self.recipe]
-        fitted = FITTED_EPOCHS.get((self.recipe, self.augment))
+        fitted = FITTED_EPOCHS.get((self.depth, self.recipe, self.augment))
         return fitted and fitted * dict(fitted=1, twice=2)[budget]
 
     def name(self, budget: str, seed: int) -> str:

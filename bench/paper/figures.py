@@ -10,13 +10,14 @@ STOCHASTIC_STYLE: dict[str, Any] = dict(color='tab:orange', ls='-', marker='o', 
 SOME_STYLE: dict[str, Any] = dict(color='tab:blue', ls=':', marker='^', ms=3)
 
 
-def save_curves(runs: dict[float, list[dict[str, float]]], path: Path) -> None:
+def save_curves(runs: dict[float, list[dict[str, float]]], title: str, path: Path) -> None:
     """Draws training loss, validation error and gradient by epoch, as the paper's Figures 3 and 7.
 
     The gradient is the mean absolute one of the first block's first convolution.
 
     Args:
         runs: The rows of summary.csv by p_L: 1 for constant depth, and up to two others.
+        title: Which runs they are.
         path: The PNG to write.
     """
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout='constrained')
@@ -36,6 +37,7 @@ def save_curves(runs: dict[float, list[dict[str, float]]], path: Path) -> None:
     panels[1].set(xlabel='epoch', ylabel='validation error (%)')
     panels[2].set(xlabel='epoch (lines: the learning rate falls)', ylabel='mean absolute gradient')
     panels[0].legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, panels, path)
 
 

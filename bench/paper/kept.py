@@ -6,14 +6,21 @@ from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scipy.stats import ttest_ind
+
 from harness.errors import UserError
 from harness.run_folder import RunFolder
 from paper.experiments import BUDGETS, FITS, Experiment, training_of_experiment, training_of_run
 
 
+def precision(hardware: dict[str, Any]) -> str:
+    """Of a run, or of timed steps."""
+    return 'bf16' if hardware['amp'] else 'fp32'
+
+
 def has_all_cores(hardware: dict[str, Any]) -> bool:
-    """Whether a run was made by itself, not with `--processes` beside others."""
-    return hardware['threads'] * hardware['processes'] >= hardware.get('cores', 0)
+    """Whether a run had all cores of its machine, not with `--processes` a part. Older runs don't say."""
+    return 'cores' in hardware and hardware['threads'] * hardware['processes'] >= hardware['cores']
 
 
 class Found(NamedTuple):
@@ -33,8 +40,15 @@ class Found(NamedTuple):
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of an epoch's steps, of the runs that had all cores."""
-        return [results['epoch_seconds'] for results in self.results if has_all_cores(results['hardware'])]
+        """Seconds of an epoch's steps; none where a run had a part of the cores, or they were on several machines."""
+        hardware = [results['hardware'] for results in self.results]
+        comparable = all(map(has_all_cores, hardware)) and len(set(map(_place, hardware))) == 1
+        return [results['epoch_seconds'] for results in self.results] if comparable else []
+
+    @property
+    def precisions(self) -> list[str]:
+        """In which each seed was trained."""
+        return [precision(results['hardware']) for results in self.results]
 
     @property
     def gradients(self) -> list[list[float]]:
@@ -65,14 +79,14 @@ class KeptRuns:
         # By training and seed: results.json, the rows of summary.csv, the folder's name.
         self.runs: dict[str, dict[int, tuple[dict[str, Any], list[dict[str, float]], str]]] = {}
         for path in sorted(folder.glob('*/results.json')):
-            run_folder = RunFolder(path.parent)
-            results = run_folder.read_results()
-            if results is None:  # a link to nothing
+            run = RunFolder(path.parent).read_run()
+            if run is None:  # a link to nothing
                 continue
+            results, rows = run
             by_seed = self.runs.setdefault(_key(training_of_run(results)), {})
             if results['seed'] in by_seed:
                 raise UserError(f'{path.parent} is a second run of the same flags and seed; remove one of the two')
-            by_seed[results['seed']] = results, run_folder.read_summary(), path.parent.name
+            by_seed[results['seed']] = results, rows, path.parent.name
 
     def find(self, experiment: Experiment, budget: str) -> Found:
         """The finished runs of an experiment."""
@@ -90,14 +104,20 @@ class KeptRuns:
                       for _, _, name in by_seed.values())
 
     def budgets(self, experiments: Iterable[Experiment]) -> list[str]:
-        """The budgets that some of them were run at; `full` if there are none, for its empty cells."""
+        """The budgets that some of them were run at."""
         experiments = list(experiments)
         return [budget for budget in BUDGETS
-                if any(self.find(experiment, budget).results for experiment in experiments)] or ['full']
+                if any(self.find(experiment, budget).results for experiment in experiments)]
 
 
 def _key(training: dict[str, Any]) -> str:
     return json.dumps(training, sort_keys=True)
+
+
+def _place(hardware: dict[str, Any]) -> tuple[Any, ...]:
+    """What times have to share to be compared."""
+    return tuple(hardware.get(key) or False  # older runs lack the last
+                 for key in ('device', 'amp', 'processes', 'threads', 'cuda_graphs'))
 
 
 def fits(constant: Found, run: Experiment) -> bool:
@@ -106,23 +126,20 @@ def fits(constant: Found, run: Experiment) -> bool:
 
 
 def verdict(constant: Found, stochastic: Found) -> str:
-    """Whether stochastic depth has the lower test error by more than chance: three times the standard error.
+    """Whether stochastic depth has the lower test error by more than the chance of seeds, by Student's t-test.
 
-    The variance of an error of p percent over n test images is p (100 - p) / n. More seeds don't make it smaller: they
-    are tested on the same images. One seed is not judged.
+    It is about these test images, which all seeds share. One seed is not judged.
     """
-    def variance(runs: Found) -> float:
-        mean = statistics.mean(runs.errors)
-        over_images = mean * (100 - mean) / runs.results[0]['images']['test']
-        return max(over_images, statistics.variance(runs.errors) / len(runs.errors))
-
     gain = statistics.mean(constant.errors) - statistics.mean(stochastic.errors)
     difference = f'{abs(gain):.2f} {"lower" if gain > 0 else "higher"}'
     if min(len(constant.errors), len(stochastic.errors)) == 1:
         return f'one seed, not judged: {difference}'
-    chance = 3 * (variance(constant) + variance(stochastic)) ** 0.5
-    said = 'no difference beyond chance' if abs(gain) <= chance else 'reproduced' if gain > 0 else 'not reproduced'
-    return f'{said}: {difference}, ± {chance:.2f}'
+    low, high = ttest_ind(constant.errors, stochastic.errors).confidence_interval(0.95)
+    said = 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'no difference beyond chance'
+    said = f'{said}: {difference}, 95 % interval ± {(high - low) / 2:.2f}'
+    if len({*constant.precisions, *stochastic.precisions}) > 1:
+        said += f'; in {", ".join(constant.precisions)} against {", ".join(stochastic.precisions)}'
+    return said
 
 
 def cell(values: Sequence[float], digits: int = 2) -> str:
@@ -133,7 +150,7 @@ def cell(values: Sequence[float], digits: int = 2) -> str:
 
 def machine(hardware: dict[str, Any]) -> str:
     """The device and the precision."""
-    return f'{hardware["device"]}, {"bf16" if hardware["amp"] else "fp32"}'
+    return f'{hardware["device"]}, {precision(hardware)}'
 
 
 def machines(*found: Found) -> str:
@@ -143,12 +160,10 @@ def machines(*found: Found) -> str:
 
 def time_ratio(ours: Found, base: Found) -> str:
     """Ratio of the seconds an epoch, if all runs had the same machine to themselves; else nothing."""
-    if not (ours.seconds and base.seconds):
+    both = Found(ours.results + base.results, [])
+    if not (ours.seconds and base.seconds and both.seconds):
         return ''
-    keys = ('device', 'amp', 'processes', 'threads', 'cuda_graphs')  # older runs lack the last
-    kinds = {tuple(results['hardware'].get(key) or False for key in keys)
-             for runs in (ours, base) for results in runs.results}
-    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}' if len(kinds) == 1 else ''
+    return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}'
 
 
 def epochs(*found: Found) -> str:

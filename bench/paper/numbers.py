@@ -63,8 +63,8 @@ class Beside(NamedTuple):
 
 
 BESIDE_38 = {
-    **{data: Beside('110 layers, Table 1', {1.: pair.constant, 0.5: pair.stochastic}, 0.5)
-       for data, pair in TABLE1.items() if data in ('cifar10_unaugmented', 'cifar100_unaugmented')},
+    **{data: Beside('110 layers, Table 1', {1.: TABLE1[data].constant, 0.5: TABLE1[data].stochastic}, 0.5)
+       for data in ('cifar10_unaugmented', 'cifar100_unaugmented')},
     'cifar10': Beside('38 layers, Fig. 8', {p_last: errors[38] for p_last, errors in FIG8_RIGHT.items()}, 0.8),
 }
 

@@ -4,7 +4,7 @@ A figure is the test error at the epoch of the lowest validation error, in perce
 standard deviation where there are several. What was not run is an empty cell.
 """
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from paper.kept import Found, KeptRuns, cell, epochs, fits, machine, machines, s
 StepTimes = tuple[dict[str, Any], dict[str, dict[str, float]]]
 DATA_NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
               'cifar10_unaugmented': 'CIFAR-10', 'cifar100_unaugmented': 'CIFAR-100'}
-HOW = f"""A difference of test errors counts where it is more than three times its standard error. The standard error is
-that of the seeds' mean, and no less than that of one error on so many test images, which all seeds share. One seed is
-not judged: it doesn't show how far seeds differ. Where constant depth does not fit its training images, a regulariser
-can't be judged: a fit is a training loss below {FITS[False]} in the last epoch of each seed, or {FITS[True]} with
-augmentation. A step takes less time where it does so in three of four turns.
+HOW = f"""A difference of test errors counts where its 95 % interval, by Student's t-test over the seeds, leaves out 0.
+That holds for these test images, which all seeds share. One seed is not judged: it doesn't show how far seeds differ.
+Where constant depth does not fit its training images, a regulariser can't be judged: a fit is a training loss below
+{FITS[False]} in the last epoch of each seed, or {FITS[True]} with augmentation. A step takes less time where it does so
+in three of four turns.
 
 Written by `python bench/reproduce.py report` from [runs/](../runs), the results.json and summary.csv of each finished
 run. A figure is the test error (%) at the epoch of the lowest validation error (of ImageNet, at the last epoch): of one
@@ -43,9 +43,9 @@ seed, or the mean over several with its standard deviation and their number. The
 `+` is with augmentation.
 
 Budgets: `full` is the paper's epochs. `fitted` is the paper's recipe with a first epoch at a learning rate of 0.01, in
-about as few epochs as 38 layers at constant depth need to fit, its learning rate steps in proportion. `twice` has twice
-as many, since stochastic depth learns more slowly. `smoke` tries the machinery on handwritten digits and says nothing
-about the paper."""
+enough epochs for 38 layers at constant depth to fit, its learning rate steps in proportion. `twice` has twice as many,
+since stochastic depth learns more slowly. `smoke` tries the machinery on handwritten digits and says nothing about the
+paper."""
 NOT_RUN = 'not run yet: a pair takes hours on a CPU'
 NOT_YET = 'not yet: on a CPU most take days, and SVHN and ImageNet their images'
 
@@ -67,6 +67,10 @@ class Report:
         self.folder, self.times, self.kept = results / 'reproduction', step_times, KeptRuns(results / 'runs')
         self.find, self.budgets = self.kept.find, self.kept.budgets
 
+    def budgets_or_full(self, experiments: Iterable[Experiment]) -> list[str]:
+        """The budgets that some of them were run at; `full` if there are none, for its empty cells."""
+        return self.budgets(experiments) or ['full']
+
     def summary(self) -> str:
         """What was reproduced, what was not yet, and why."""
         lines = ['| from constant to stochastic depth | the paper | ours | |', '|---|---|---|---|']
@@ -77,12 +81,12 @@ class Report:
             compared = self.compared(runs, beside.p_last)
             if not compared:
                 lines.append(f'{head} |  | {NOT_RUN} |')
-            for label, found in compared:
+            for budget, found in compared:
                 constant, stochastic = found[1.], found[beside.p_last]
                 said = verdict(constant, stochastic) if fits(constant, runs[1.]) else (
                     f'says nothing: constant depth does not fit, training loss {cell(constant.losses, 3)}')
-                lines.append(f'{head} | {cell(constant.errors)} to {cell(stochastic.errors)}, 38 layers, {label}, '
-                             f'seeds {seeds(constant, stochastic)} | {said} |')
+                lines.append(f'{head} | {cell(constant.errors)} to {cell(stochastic.errors)}, 38 layers, '
+                             f'{budget_label(runs[1.], budget)}, seeds {seeds(constant, stochastic)} | {said} |')
         hours = numbers.TABLE2['cifar10']
         lines.append("| time, constant depth's = 1, 110 layers, p_L = 0.5 "
                      f'| {hours.stochastic / hours.constant:.2f} for the training, Table 2 '
@@ -104,7 +108,7 @@ class Report:
         slow = ', '.join(sorted(where for where, found in ratios.items() if any(ratio['q3'] >= 1 for ratio in found)))
         if not steps:
             return '', 'not measured'
-        return f'for a step: {steps}', 'less time' + (f', but not each time on {slow}' if slow else '')
+        return f'for a step: {steps}', 'less time' + (f'; not in every measurement on {slow}' if slow else '')
 
     def effect(self) -> str:
         """Test errors of 38 layers, and whether constant depth fits."""
@@ -119,8 +123,6 @@ class Report:
             lines.append(f'| {DATA_NAMES[data]} | paper, {beside.where} | | | | | {" | ".join(errors)} | | |')
             for budget in self.budgets(runs.values()):
                 found = [self.find(runs[p_last], budget) for p_last in rates]
-                if not epochs(*found):
-                    continue
                 fit = '' if budget == 'smoke' or not found[0].losses else 'yes' if fits(found[0], runs[1.]) else 'no'
                 cells = [*(cell(each.losses, 4) for each in found), fit, *(cell(each.errors) for each in found)]
                 lines.append(f'| {DATA_NAMES[data]} | {budget_label(runs[1.], budget)} | {" | ".join(cells)} '
@@ -133,7 +135,7 @@ class Report:
                  '| data | paper: constant | stochastic | ours: constant | stochastic | epochs | budget | seeds | on |',
                  '|---|---|---|---|---|---|---|---|---|']
         for data, (constant, stochastic) in runs.items():
-            for budget in self.budgets((constant, stochastic)):
+            for budget in self.budgets_or_full((constant, stochastic)):
                 ours = [self.find(run, budget) for run in (constant, stochastic)]
                 lines.append(f'| {DATA_NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
                              f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {epochs(*ours)} '
@@ -143,14 +145,14 @@ class Report:
     def table2(self) -> str:
         """Training time."""
         lines = ['## Table 2: training time\n',
-                 "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median), of runs "
-                 'made one after the other; of runs made side by side the cell is empty. Steps timed in turns are in '
-                 '[bench/README.md](../../README.md).\n',
+                 "The paper's are hours of the whole training, ours seconds of an epoch's steps (the median). The cell "
+                 'is empty where a run had a part of the cores, or the runs had several machines. Steps timed in turns '
+                 'are in [bench/README.md](../../README.md).\n',
                  '| data | paper: constant | stochastic | ratio '
                  '| ours: constant | stochastic | ratio | epochs | budget | on |',
                  '|---|---|---|---|---|---|---|---|---|---|']
         for data, hours in numbers.TABLE2.items():
-            for budget in self.budgets(TABLE1[data]):
+            for budget in self.budgets_or_full(TABLE1[data]):
                 constant, stochastic = (self.find(run, budget) for run in TABLE1[data])
                 lines.append(f'| {DATA_NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
                              f'| {hours.stochastic / hours.constant:.3f} | {cell(constant.seconds, 0)} '
@@ -160,12 +162,11 @@ class Report:
         return '\n'.join(lines)
 
     def compared(self, runs: dict[float, Experiment], p_last: float) -> list[tuple[str, dict[float, Found]]]:
-        """The budgets at which both p_L = 1 and another were run, the longest last: a label, and the runs by p_L."""
+        """The budgets at which both p_L = 1 and another were run, the longest last, with the runs by p_L."""
         budgets = sorted((budget for budget in self.budgets(runs.values()) if budget != 'smoke'),
                          key=lambda budget: runs[1.].epochs(budget) or 0)
-        found = [(budget_label(runs[1.], budget), {value: self.find(run, budget) for value, run in runs.items()})
-                 for budget in budgets]
-        return [(label, by_rate) for label, by_rate in found if by_rate[1.].results and by_rate[p_last].results]
+        found = [(budget, {value: self.find(run, budget) for value, run in runs.items()}) for budget in budgets]
+        return [(budget, by_rate) for budget, by_rate in found if by_rate[1.].results and by_rate[p_last].results]
 
     def curves(self) -> str:
         """Figures 3 and 7: the last training losses and the gradients by phase; pictures of the longest runs."""
@@ -184,7 +185,8 @@ class Report:
         groups = [('cifar10', dict(zip((1., 0.5), TABLE1['cifar10'], strict=True))), *EFFECT.items()]
         for data, runs in groups:
             for budget, found in self.compared(runs, 0.5):
-                label, pair = f'{runs[1.].depth} layers, {DATA_NAMES[data]}, {budget}', (found[1.], found[0.5])
+                label = f'{runs[1.].depth} layers, {DATA_NAMES[data]}, {budget_label(runs[1.], budget)}'
+                pair = found[1.], found[0.5]
                 losses.append(f'| {label} | {cell(pair[0].losses, 4)} | {cell(pair[1].losses, 4)} |')
                 magnitudes = {p_last: each.gradients for p_last, each in found.items()}
                 phases = zip(*(zip(*magnitudes[p_last], strict=True) for p_last in (1., 0.5)), strict=True)
@@ -196,19 +198,19 @@ class Report:
                            for p_last, each in found.items()}
                 shared = by_seed[1.].keys() & by_seed[0.5].keys()
                 if shared:
-                    seed = min(shared)
-                    pictures[f'curves-{runs[1.].depth}-{data}.png'] = f'{label}, seed {seed}', {
+                    seed, of = min(shared), f'curves-{runs[1.].depth}-{data}'
+                    pictures[of] = f'{of}-{budget}-{seed}.png', f'{label}, seed {seed}', {
                         p_last: rows[seed] for p_last, rows in by_seed.items() if seed in rows}
-        for file, (_, rows) in pictures.items():
-            save_curves(rows, self.folder / file)
-        shown = [f'\n{label}:\n\n![training loss, validation error and gradient by epoch]({file})'
-                 for file, (label, _) in pictures.items()]
+        for file, title, rows in pictures.values():
+            save_curves(rows, title, self.folder / file)
+        shown = [f'\n![{title}: training loss, validation error and gradient by epoch]({file})'
+                 for file, title, _ in pictures.values()]
         return '\n'.join([*losses, *gradients, *shown])
 
     def survival(self) -> str:
         """Figure 8, left: test error over p_L, by schedule."""
         lines = ['## Figure 8, left: p_L and the schedule, 110 layers on CIFAR-10+\n']
-        for budget in self.budgets(FIG8_LEFT.values()):
+        for budget in self.budgets_or_full(FIG8_LEFT.values()):
             probabilities, label = sorted({p_last for _, p_last in FIG8_LEFT}), budget_label(Experiment(), budget)
             lines += ['| | ' + ' | '.join(f'{value:g}' for value in probabilities) + ' |',
                       '|---' * (len(probabilities) + 1) + '|']
@@ -228,8 +230,8 @@ class Report:
     def depth_map(self) -> str:
         """Figure 8, right: test error over depth and p_L."""
         lines = ['## Figure 8, right: depth and p_L on CIFAR-10+, linear decay\n']
-        for budget in self.budgets(FIG8_RIGHT.values()):
-            label = budget_label(Experiment(), budget)
+        for budget in self.budgets_or_full(FIG8_RIGHT.values()):
+            label = budget_label(FIG8_RIGHT[38, 1.], budget)  # the only layers of all budgets
             lines += [f"The paper's / ours ({label}):\n",
                       '| p_L | ' + ' | '.join(f'{depth} layers' for depth in numbers.DEPTHS) + ' |',
                       '|---' * (len(numbers.DEPTHS) + 1) + '|']
@@ -255,7 +257,7 @@ class Report:
                  '`train` divides it by p_l in training.\n',
                  '| dropped | scale | learning rate | test error | epochs | budget | seeds | on |',
                  '|---|---|---|---|---|---|---|---|']
-        for budget in self.budgets(BY_MODE.values()):
+        for budget in self.budgets_or_full(BY_MODE.values()):
             for name, run in [('nothing', constant), ('batch', stochastic), *BY_MODE.items()]:
                 found = self.find(run, budget)
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '

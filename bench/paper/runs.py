@@ -122,7 +122,7 @@ class Run(NamedTuple):
         folder, copy = self.output / self.name, self.results / self.name
         results = self.read_results(self.output)
         if results is not None:
-            RunFolder(folder).read_summary()  # is it whole?
+            RunFolder(folder).read_run()  # is it whole?
             make_folder(copy, '--results')
             write_atomic(copy / 'summary.csv', (folder / 'summary.csv').read_bytes())
             RunFolder(copy).write_results(without_paths(results))  # last: it marks the copy as complete

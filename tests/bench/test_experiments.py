@@ -13,6 +13,7 @@ from paper.experiments import (
     BUDGETS,
     BY_MODE,
     DEPTH1202,
+    EFFECT,
     FIG8_LEFT,
     FIG8_RIGHT,
     TABLE1,
@@ -60,8 +61,9 @@ def test_figures_of_the_same_network_agree_in_the_paper():
 
 
 def test_a_budget_shrinks_the_schedule_begins_low_and_changes_nothing_else():
-    full, fitted = (vars(parse_train_flags(Experiment().flags(budget, 0, None))) for budget in ('full', 'fitted'))
-    assert changed_from_recipe(full) == {}
+    run = EFFECT['cifar10'][0.5]
+    full, fitted = (vars(parse_train_flags(run.flags(budget, 0, None))) for budget in ('full', 'fitted'))
+    assert changed_from_recipe(full) == dict(model=run.model)
     assert {key for key in full if full[key] != fitted[key]} == {
         'epochs', 'decay_milestones', 'warmup_epochs', 'warmup_lr'}
 
@@ -75,13 +77,14 @@ def test_constant_depth_differs_in_nothing_but_the_rate(runs):
 
 
 def test_the_ways_of_dropping_begin_at_a_tenth_of_the_papers_learning_rate():
-    assert parse_train_flags(BY_MODE['sample'].flags('fitted', 0, None)).lr == 0.01
+    assert parse_train_flags(BY_MODE['sample'].flags('full', 0, None)).lr == 0.01
 
 
 def test_twice_is_twice():
     for run in experiments('fitted'):
         assert run.epochs('twice') == 2 * run.epochs('fitted') < run.epochs('full')
     assert set(TARGETS['effect']) <= set(experiments('fitted'))
+    assert {run.depth for run in experiments('fitted')} == {38}  # of which the epochs are known to fit
 
 
 def rates_by_epoch(experiment, budget):
@@ -100,9 +103,9 @@ def rates_by_epoch(experiment, budget):
     (TABLE1['svhn'][1], 'full', [(0.1, 29), (0.01, 5), (0.001, 16)]),
     (TABLE1['imagenet'][1], 'full', [(0.1, 30), (0.01, 30), (0.001, 30), (0.0001, 30)]),
     (DEPTH1202[1], 'full', [(0.01, 10), (0.1, 139), (0.01, 75), (0.001, 76)]),
-    (TABLE1['cifar10'][1], 'fitted', [(0.01, 1), (0.1, 49), (0.01, 25), (0.001, 25)]),
-    (TABLE1['cifar10'][1], 'twice', [(0.01, 1), (0.1, 99), (0.01, 50), (0.001, 50)]),
-    (BY_MODE['sample'], 'fitted', [(0.01, 50), (0.001, 25), (0.0001, 25)]),
+    (EFFECT['cifar10'][0.5], 'fitted', [(0.01, 1), (0.1, 49), (0.01, 25), (0.001, 25)]),
+    (EFFECT['cifar10'][0.5], 'twice', [(0.01, 1), (0.1, 99), (0.01, 50), (0.001, 50)]),
+    (BY_MODE['sample'], 'full', [(0.01, 249), (0.001, 125), (0.0001, 126)]),
 ])
 def test_the_learning_rates(experiment, budget, phases):
     assert rates_by_epoch(experiment, budget) == phases
@@ -146,7 +149,7 @@ def test_a_copy_of_the_data_lies_in_a_folder_of_its_name(tmp_path):
     dict(config='cifar10_short'), dict(dataset='generated'),
 ], ids=str)
 def test_a_run_of_another_setting_is_another_training(change):
-    assert training_of_run(made_up(**change)) != training_of_experiment(Experiment(), 'fitted')
+    assert training_of_run(made_up(**change)) != training_of_experiment(Experiment(), 'full')
 
 
 @pytest.mark.parametrize('change', [
@@ -155,7 +158,15 @@ def test_a_run_of_another_setting_is_another_training(change):
     dict(experiment='by-hand'),
 ], ids=str)
 def test_what_the_paper_does_not_say_makes_no_other_training(change):
-    assert training_of_run(made_up(**change)) == training_of_experiment(Experiment(), 'fitted')
+    assert training_of_run(made_up(**change)) == training_of_experiment(Experiment(), 'full')
+
+
+@pytest.mark.parametrize(('flag', 'same'), [
+    ('val_fraction', True), ('fingerprint', False)])  # without its fingerprint nothing says that it was CIFAR-10
+def test_a_flag_that_an_older_run_lacks_had_its_default(flag, same):
+    results = made_up()
+    del results['args'][flag]
+    assert (training_of_run(results) == training_of_experiment(Experiment(), 'full')) == same
 
 
 def test_every_kept_run_is_known_or_belongs_to_none():
@@ -164,7 +175,7 @@ def test_every_kept_run_is_known_or_belongs_to_none():
 
 
 def test_a_recipe_that_was_changed_since_makes_no_full_run_of_other_epochs():
-    results = made_up(epochs=300, decay_milestones=[250, 375], warmup_epochs=0, warmup_lr=1e-5)
+    results = made_up(epochs=300)
     del results['changed_from_recipe']['epochs']
     assert training_of_run(dict(results, epochs=500)) == training_of_experiment(Experiment(), 'full')
     assert training_of_run(results) != training_of_experiment(Experiment(), 'full')

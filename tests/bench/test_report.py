@@ -16,10 +16,10 @@ from paper.kept import Found, fits, gradient_phases, machine, machines, time_rat
 from paper.report import DATA_NAMES, Report
 from support.commands import BENCH, ROOT, refused, run_here
 from support.markdown import pictures, sections, tables
-from support.runs import FITTED, OF_NO_BUDGET, add_run, kept_runs, made_up
+from support.runs import OF_NO_BUDGET, add_run, kept_runs, made_up
 
-# What the folder of 110 layers, p_L = 0.5, at the budget `fitted` is called.
-NAME = 'cifar10-110-0.5-linear-fitted-0'
+# What the folder of 110 layers, p_L = 0.5, at the budget `full` is called.
+NAME = 'cifar10-110-0.5-linear-full-0'
 
 
 # --- the committed report
@@ -125,28 +125,30 @@ def test_the_ways_of_dropping_have_the_times_that_were_measured(parts):
 # --- the table that it opens with
 
 
-def found_runs(errors, images):
-    return Found([dict(test_best=dict(top1_err=error), images=dict(test=images)) for error in errors], [])
+def found_runs(errors, amp=(True,) * 9):
+    return Found([dict(test_best=dict(top1_err=error), hardware=dict(amp=each))
+                  for error, each in zip(errors, amp, strict=False)], [])
 
 
-@pytest.mark.parametrize(('constant', 'stochastic', 'images', 'words'), [
-    # the error of 10,000 images, the same for all seeds: at 10 % its variance is 10 x 90 / 10,000 = 0.09
-    ([10., 10.], [8., 8.], 10_000, 'reproduced: 2.00 lower, ± 1.21'),
-    ([10.] * 9, [8.] * 9, 10_000, 'reproduced: 2.00 lower, ± 1.21'),
-    ([10., 10.], [9.5, 9.5], 10_000, 'no difference beyond chance: 0.50 lower, ± 1.26'),
-    ([10., 10.], [9.5, 9.5], 1_000_000, 'reproduced: 0.50 lower, ± 0.13'),
-    ([9., 9.], [11., 11.], 10_000, 'not reproduced: 2.00 higher, ± 1.27'),
+@pytest.mark.parametrize(('constant', 'stochastic', 'words'), [
+    # variances of 1 / 2 each: a standard error of (1 / 4 + 1 / 4) ** 0.5 times t = 4.303 of 2 degrees of freedom
+    ([10., 11.], [4., 5.], 'reproduced: 6.00 lower, 95 % interval ± 3.04'),
+    ([10., 11.], [8., 9.], 'no difference beyond chance: 2.00 lower, 95 % interval ± 3.04'),
+    ([8., 9.], [12., 13.], 'not reproduced: 4.00 higher, 95 % interval ± 3.04'),
+    # variances of 1 and 4: (1 / 3 + 4 / 3) ** 0.5 times t = 2.776 of 4 degrees of freedom
+    ([9., 10., 11.], [4., 6., 8.], 'reproduced: 4.00 lower, 95 % interval ± 3.58'),
     # one seed doesn't show how far seeds differ
-    ([10.], [8.], 10_000, 'one seed, not judged: 2.00 lower'),
-    ([10.], [11., 12.], 10_000, 'one seed, not judged: 1.50 higher'),
-    ([10., 11.], [8.], 10_000, 'one seed, not judged: 2.50 lower'),
-    # of several seeds' mean its own: variances of 1 / 3 and 4 / 3
-    ([9., 10., 11.], [4., 6., 8.], 10_000, 'reproduced: 4.00 lower, ± 3.87'),
-    # which is no smaller than that of their images, however alike the seeds
-    ([10., 10.], [9.99, 9.99], 10_000, 'no difference beyond chance: 0.01 lower, ± 1.27'),
+    ([10.], [8.], 'one seed, not judged: 2.00 lower'),
+    ([10.], [11., 12.], 'one seed, not judged: 1.50 higher'),
+    ([10., 11.], [8.], 'one seed, not judged: 2.50 lower'),
 ])
-def test_a_verdict_is_of_what_is_more_than_chance(constant, stochastic, images, words):
-    assert verdict(found_runs(constant, images), found_runs(stochastic, images)) == words
+def test_a_verdict_is_of_what_is_more_than_the_chance_of_seeds(constant, stochastic, words):
+    assert verdict(found_runs(constant), found_runs(stochastic)) == words
+
+
+def test_a_verdict_names_precisions_that_differ():
+    said = verdict(found_runs([10., 11.]), found_runs([4., 5.], (True, False)))
+    assert said == 'reproduced: 6.00 lower, 95 % interval ± 3.04; in bf16, bf16 against bf16, fp32'
 
 
 PLAIN = EFFECT['cifar10_unaugmented'][1.]
@@ -167,7 +169,7 @@ def opening(root):
 def test_the_opening_table_has_a_row_for_each_budget(tmp_path):
     add_pair(tmp_path, 'fitted', (16., 15.))
     add_pair(tmp_path, 'twice', (14., 12.))
-    add_pair(tmp_path, 'twice', (14., 12.), seed=1)
+    add_pair(tmp_path, 'twice', (14.2, 12.4), seed=1)
     # constant depth alone, for longer
     add_run(tmp_path, 'full', made_up(1., model='sd_resnet38_cifar.c10', crop_padding=0, hflip=0., drop_path=0.,
                                       **group(PLAIN, 'full')))
@@ -176,8 +178,8 @@ def test_the_opening_table_has_a_row_for_each_budget(tmp_path):
                           'one seed, not judged: 1.00 lower']
     assert twice[1:] == [
         '13.63 to 11.66, 110 layers, Table 1',
-        f'14.00 ± 0.00 (2) to 12.00 ± 0.00 (2), 38 layers, twice, {PLAIN.epochs("twice")} epochs, seeds 2, 2',
-        'reproduced: 2.00 lower, ± 1.43']
+        f'14.10 ± 0.14 (2) to 12.20 ± 0.28 (2), 38 layers, twice, {PLAIN.epochs("twice")} epochs, seeds 2, 2',
+        'reproduced: 1.90 lower, 95 % interval ± 0.96']
     not_run = ['', 'not run yet: a pair takes hours on a CPU']
     assert [row[1:] for row in others] == [['44.74 to 37.80, 110 layers, Table 1', *not_run],
                                            ['6.67 to 6.29, 38 layers, Fig. 8', *not_run]]
@@ -192,7 +194,7 @@ def test_with_augmentation_p_l_is_one_that_helps_38_layers_in_the_paper(tmp_path
                 [dict(dict.fromkeys(COLUMNS, 0.), grad_magnitude=1.)])
     row = opening(tmp_path)[3]
     assert row[:3] == ['test error (%), CIFAR-10+, p_L = 0.8', '6.67 to 6.29, 38 layers, Fig. 8',
-                       '8.00 to 7.00, 38 layers, fitted, 100 epochs, seeds 1, 1']
+                       '8.00 to 7.00, 38 layers, full, 500 epochs, seeds 1, 1']
 
 
 @pytest.mark.parametrize(('loss', 'fit', 'words'), [
@@ -231,7 +233,7 @@ def test_a_trial_says_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(('upper', 'words'), [
-    (0.9, 'less time'), (1.1, 'less time, but not each time on an abacus, fp32')])
+    (0.9, 'less time'), (1.1, 'less time; not in every measurement on an abacus, fp32')])
 def test_less_time_is_less_in_most_turns(tmp_path, upper, words):
     times = [(dict(device='an abacus', amp=amp), {name: dict(median=median, q1=0.7, q3=q3), 'sample': dict(median=2.)})
              for amp, name, median, q3 in ((False, 'batch', 0.85, 0.9), (False, 'paper', 0.8, upper),
@@ -243,7 +245,7 @@ def test_less_time_is_less_in_most_turns(tmp_path, upper, words):
 def group(experiment, budget):
     """The flags of a budget."""
     args = vars(parse_train_flags(experiment.flags(budget, 0, None)))
-    return {key: args[key] for key in FITTED}
+    return {key: args[key] for key in ('epochs', 'decay_milestones', 'warmup_epochs', 'warmup_lr')}
 
 
 # --- which runs are taken
@@ -254,15 +256,15 @@ def group(experiment, budget):
     dict(drop_path_scale='train'), dict(hflip=0.)], ids=str)
 def test_a_run_of_another_setting_is_not_taken_whatever_its_folder_is_called(tmp_path, change):
     add_run(tmp_path, NAME, made_up(1., **change))
-    assert Report(tmp_path).find(Experiment(), 'fitted').results == []
+    assert Report(tmp_path).find(Experiment(), 'full').results == []
     add_run(tmp_path, 'by-hand', made_up(2.))
-    assert Report(tmp_path).find(Experiment(), 'fitted').errors == [2.]
+    assert Report(tmp_path).find(Experiment(), 'full').errors == [2.]
 
 
 def test_runs_are_in_the_order_of_their_seeds(tmp_path):
     for seed in (10, 9, 0):
         add_run(tmp_path, f'run-{seed}', made_up(float(seed), seed=seed))
-    assert Report(tmp_path).find(Experiment(), 'fitted').errors == [0., 9., 10.]
+    assert Report(tmp_path).find(Experiment(), 'full').errors == [0., 9., 10.]
 
 
 def test_two_runs_of_the_same_seed_are_refused(tmp_path):
@@ -294,6 +296,16 @@ def test_a_run_that_can_not_be_read_is_named(tmp_path, file, content, words):
     assert not (tmp_path / 'reproduction').exists()
 
 
+def test_a_run_folder_with_files_of_two_runs_is_refused(tmp_path):
+    for name, top1 in (('one', 80.), ('other', 70.)):
+        add_run(tmp_path, name, made_up(seed=int(top1)), [dict(dict.fromkeys(COLUMNS, 1.), eval_top1=top1)])
+    one, other = (tmp_path / 'runs' / name for name in ('one', 'other'))
+    shutil.copy(other / 'summary.csv', one)
+    said = refused('reproduce.py', 'report', '--results', tmp_path)
+    assert f'{one} holds files of two runs' in said
+    assert 'of summary.csv is 30.0, of results.json 20.0' in said
+
+
 def test_figure_7_wants_runs_that_logged_their_gradients(tmp_path):
     row = dict.fromkeys(COLUMNS, 1.)
     for name, rate in (('a', 0.), ('b', 0.5)):
@@ -314,7 +326,6 @@ SETTINGS = {
 @pytest.mark.parametrize('data', SETTINGS)
 def test_several_seeds_are_a_mean_with_its_standard_deviation(tmp_path, data):
     dataset, flags = SETTINGS[data]
-    flags = dict(flags, **group(TABLE1[data][0], 'full'))
     for seed, (constant, stochastic) in enumerate([(5., 8.), (6., 8.5), (7.5, 8.25)]):
         add_run(tmp_path, f'a{seed}', made_up(constant, seed, dataset=dataset, drop_path=0., **flags))
         add_run(tmp_path, f'b{seed}', made_up(stochastic, seed, dataset=dataset, **flags))
@@ -338,23 +349,25 @@ def test_without_runs_the_paper_stands_alone(tmp_path):
 
 
 def test_times_are_compared_on_one_machine_alone():
-    hardware = dict(device='an abacus', processes=1, threads=2)
+    hardware = dict(device='an abacus', processes=1, threads=2, cores=2)
     here, there = (Found([dict(epoch_seconds=2., hardware=dict(hardware, amp=amp))], []) for amp in (False, True))
     assert time_ratio(here, here) == '1.000'
     assert time_ratio(here, there) == ''
     assert machines(there, here, there) == 'an abacus, bf16; an abacus, fp32'
+    both = Found(here.results + there.results, [])
+    assert (here.seconds, both.seconds) == ([2.], [])  # a mean over machines is of neither
 
 
 def test_the_time_of_runs_made_side_by_side_is_left_out(tmp_path):
-    twice = group(Experiment(), 'twice')
-    for name, flags, cores in (('alone', {}, 2), ('beside', twice, 4)):
+    cifar100 = dict(config='cifar100', model='sd_resnet110_cifar.c100')
+    for name, flags, cores in (('alone', {}, 2), ('beside', cifar100, 4)):
         hardware = dict(device='an abacus', threads=2, processes=1, cores=cores)
         for rate, seconds in ((0., 200.), (0.5, 150.)):
             results = made_up(drop_path=rate, hardware=hardware, epoch_seconds=seconds, **flags)
             add_run(tmp_path, f'{name}-{rate}', results)
-    (_, fitted, twice, *_), = tables(Report(tmp_path).table2())
-    assert fitted[4:9] == ['200', '150', '0.750', '100', 'fitted']
-    assert twice[4:9] == ['', '', '', '200', 'twice']
+    (_, alone, beside, *_), = tables(Report(tmp_path).table2())
+    assert alone[4:9] == ['200', '150', '0.750', '500', 'full']
+    assert beside[4:9] == ['', '', '', '500', 'full']
 
 
 def steps_row(ratio, **fields):
@@ -405,17 +418,19 @@ def test_curves_are_tables_of_the_phases_and_the_last_loss(tmp_path, monkeypatch
     monkeypatch.setattr('paper.figures.save_figure', lambda figure, panels, path: drawn.update({path.name: figure}))
     other = [dict(row, train_loss=9.) for row in CONSTANT]
     for name, flags, rows in (('a', dict(drop_path=0.), CONSTANT), ('b', {}, STOCHASTIC),
-                              ('c', dict(drop_path=0., **group(Experiment(), 'full')), other)):
+                              ('c', dict(drop_path=0., model='sd_resnet38_cifar.c10'), other)):
         add_run(tmp_path, name, made_up(**flags), [dict(dict.fromkeys(COLUMNS, 0.), **row) for row in rows])
     text = Report(tmp_path).curves()
-    (_, paper, losses), (_, *phases) = tables(text)  # one of two runs at `full` is not compared
-    label = '110 layers, CIFAR-10+, fitted, 100 epochs'
+    (_, paper, losses), (_, *phases) = tables(text)  # 38 layers at constant depth alone are not compared
+    label = '110 layers, CIFAR-10+, full, 500 epochs'
     assert paper[1:] == ['0.0006', '0.011']
     assert losses == [label, '0.2500', '0.7500']
     assert phases[3:] == [[label, '1', '2.000', '8.000', '4.0'], [label, '2', '5.000', '12.500', '2.5'],
                           [label, '3', '7.000', '21.000', '3.0']]
-    assert set(drawn) == {'curves-110-cifar10.png'} == set(pictures(text))
-    losses, errors, gradients = drawn['curves-110-cifar10.png'].axes
+    assert set(drawn) == {'curves-110-cifar10-full-0.png'} == set(pictures(text))
+    (figure,) = drawn.values()
+    assert figure.get_suptitle() == f'{label}, seed 0'
+    losses, errors, gradients = figure.axes
     for axes, lines in ((losses, [[3., 2., 1., 0.5, 0.4, 0.25], [3., 2., 2., 1., 1., 0.75]]),
                         (errors, [[90, 80, 70, 60, 50, 40], [95, 85, 75, 65, 55, 45]])):
         assert [list(line.get_ydata()) for line in axes.lines] == lines
@@ -425,10 +440,10 @@ def test_curves_are_tables_of_the_phases_and_the_last_loss(tmp_path, monkeypatch
     assert falls == [[3.5, 3.5], [5.5, 5.5]]  # between the epochs 3 and 4, and 5 and 6
 
 
-@pytest.mark.parametrize(('seeds', 'shown'), [(([2], [0, 2]), ', seed 2:'), (([1], [0]), None)])
+@pytest.mark.parametrize(('seeds', 'shown'), [(([2], [0, 2]), ', seed 2'), (([1], [0]), None)])
 def test_curves_are_of_one_seed(tmp_path, monkeypatch, seeds, shown):
     drawn = []
-    monkeypatch.setattr('paper.report.save_curves', lambda rows, path: drawn.append(rows))
+    monkeypatch.setattr('paper.report.save_curves', lambda rows, title, path: drawn.append(rows))
     for rate, own in zip((0., 0.5), seeds, strict=True):
         for seed in own:
             rows = [dict(dict.fromkeys(COLUMNS, 1.), train_loss=float(seed), grad_magnitude=1.)]
