@@ -19,7 +19,7 @@ from harness.network import build_network, first_branch_weight, registered_name
 from harness.optimizer import build_optimizer
 from harness.recipes import TrainFlags, group_flags, parse_train_flags
 from harness.results import closing_lines, finish, last_drop_rate
-from harness.run_folder import open_run_folder
+from harness.resume import open_run_folder
 from harness.training import Trainer
 
 

@@ -18,7 +18,7 @@ from harness.launch import LaunchSettings
 from harness.network import DepthSettings, NetworkSettings
 from harness.optimizer import OptimizerSettings
 from harness.paths import RECIPES
-from harness.run_folder import MAY_DIFFER, FolderSettings
+from harness.resume import MAY_DIFFER, FolderSettings
 from harness.training import TrainingSettings
 
 

@@ -6,35 +6,24 @@
     samples.png          training images, as the network sees them
     mistakes.png         test images that the best weights get wrong
 """
-import argparse
 import csv
 import fcntl
 import io
 import json
 import os
-import re
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import yaml
-from accelerate import Accelerator
 
-from harness.cli import flag
-from harness.engine import default_amp
 from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
-from harness.launch import from_main_process
 
-# Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
-MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
-              'threads', 'workers', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
 # What a run leaves besides args.yaml.
 LEFT_BY_A_RUN = ('checkpoints/*-*', 'results.json', 'summary.csv', 'model.safetensors')
 # What is read of results.json and of each row of summary.csv; older runs have these too.
@@ -43,22 +32,6 @@ RESULTS = ('args', 'best_epoch', 'blocks', 'changed_from_recipe', 'dataset', 'dr
            'seed', 'test_best', 'test_last', 'val_top1_err', 'val_top1_err_last', 'versions')
 COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'train_seconds')
 WRITTEN_ANEW = 'remove results.json and run the same training again with --resume auto, which writes it anew'
-
-
-def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder."""
-    if text in ('', '.', '..') or {'/', os.sep} & {*text} or not text.isprintable():
-        raise argparse.ArgumentTypeError(f'{text!r} must be the name of one folder, which is made below --output')
-    return text
-
-
-@dataclass(frozen=True)
-class FolderSettings:
-    """Run folder."""
-    output: str = flag('output/train', 'folder of the run folders')
-    experiment: str | None = flag(None, 'name of the run folder (default: time, model and image size)',
-                                  type=folder_name)
-    resume: str | None = flag(None, "'auto', or a run folder to go on with")
 
 
 def number_in_name(path: Path) -> int:
@@ -258,68 +231,3 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f'wrong CRC in {damaged}')
     content.seek(0)
     return torch.load(content, map_location='cpu', weights_only=True)
-
-
-def _differences(flags: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    keys = flags.keys() & old.keys() - {*MAY_DIFFER, 'batch_size'}  # global_batch_size may not differ
-    if flags['amp'] is None:  # open: the old run's
-        keys -= {'amp'}
-    return [f'{key} {old[key]} -> {flags[key]}' for key in sorted(keys) if flags[key] != old[key]]
-
-
-def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str) -> RunFolder:
-    """The folder that the flags mean: a new one, or with `resume` the one to go on with.
-
-    Args:
-        settings: 'auto' for `resume` means the folder of `experiment`, or without one the newest folder under `output`
-            with the same flags, or a new one if there is none.
-        flags: All flags, to be compared with those of the folder's run.
-        name: What a new folder is called, behind the time.
-
-    Raises:
-        UserError: If a new run would overwrite an old one, or the flags differ from those of the run to go on with.
-    """
-    output, resume = Path(settings.output), settings.resume
-    name = re.sub(r'[^\w.-]', '_', name)  # one folder below `output`, where 'auto' looks, for hf-hub:ORG/NAME too
-    folder = RunFolder(output / (settings.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'))
-    if resume not in (None, 'auto'):
-        folder = RunFolder(Path(resume))
-        if folder.read_flags() is None:
-            raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
-    elif resume == 'auto' and not settings.experiment:
-        begun = [path for path in output.glob('*/args.yaml') if path.is_file()]
-        for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
-            try:
-                old = RunFolder(path.parent).read_flags()
-            except UserError:
-                continue  # whatever it was, it was not named
-            if old is not None and old.keys() == flags.keys() and not _differences(flags, old):
-                return RunFolder(path.parent)
-    old = folder.read_flags()
-    if old is not None:
-        if resume is None:
-            raise UserError(f'run folder {folder.path} exists; go on with --resume auto, or choose '
-                            'another --experiment')
-        differences = _differences(flags, old)
-        if differences:
-            raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences)}); '
-                            'use the same, or choose another --experiment')
-    return folder
-
-
-def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator: Accelerator, name: str) -> RunFolder:
-    """Finds the run folder on the main process, makes it, and tells the others: the clock is in its name.
-
-    Where the flags leave `amp` open it is settled, in all processes: a run goes on in the precision that it was begun
-    in, a new one in the faster. See `find_run_folder`.
-    """
-    def find() -> tuple[RunFolder, bool]:
-        folder = find_run_folder(settings, flags, name)
-        if flags['amp'] is None:
-            begun = folder.read_flags() or {}
-            flags['amp'] = begun['amp'] if 'amp' in begun else default_amp(accelerator.device.type)
-        folder.create(flags)
-        folder.lock()
-        return folder, flags['amp']
-    folder, flags['amp'] = from_main_process(accelerator, find)
-    return folder

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import engine, run_folder, training
+from harness import engine, resume, training
 from harness.run_folder import RunFolder
 from support.commands import assert_same_run, read_results, refused, run_here
 
@@ -287,7 +287,7 @@ def test_a_run_goes_on_in_its_precision_where_the_flags_do_not_name_one(copy, fi
     folder, args = copy
     (folder / 'results.json').unlink()
     RunFolder(folder).remove_after(2)
-    monkeypatch.setattr(run_folder, 'default_amp', lambda device_type: True)
+    monkeypatch.setattr(resume, 'default_amp', lambda device_type: True)
     result = run_here('train.py', *[flag for flag in args if flag != '--no-amp'])
     assert result.returncode == 0, result.stderr
     assert ', fp32,' in result.stderr.splitlines()[0]

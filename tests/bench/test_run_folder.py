@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from harness import files, run_folder
+from harness import files, resume
 from harness.errors import UserError
 from harness.recipes import parse_train_flags
-from harness.run_folder import COLUMNS, FolderSettings, RunFolder, find_run_folder, open_run_folder
+from harness.resume import FolderSettings, find_run_folder, open_run_folder
+from harness.run_folder import COLUMNS, RunFolder
 from support.commands import refused
 
 LAYER = 'layer.weight'
@@ -219,7 +220,7 @@ def test_a_run_goes_on_in_the_precision_of_its_beginning(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
 
     def settled(amp, is_faster, experiment=None):
-        monkeypatch.setattr(run_folder, 'default_amp', lambda device_type: is_faster)
+        monkeypatch.setattr(resume, 'default_amp', lambda device_type: is_faster)
         flags = dict(lr=0.1, amp=amp)
         settings = FolderSettings(str(tmp_path / str(begun)), experiment, resume='auto')
         folder = open_run_folder(settings, flags, accelerator, 'net-32')
