@@ -47,11 +47,12 @@ def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) ->
     return step * (train * open_share + validation / 3) / 128
 
 
-def step_seconds(depth: int, grad_checkpointing: bool, cuda_graphs: bool) -> float:
+def step_seconds(depth: int, settings: RunSettings, cuda_graphs: bool) -> float:
     """Seconds of a step of 128 images at constant depth, timed now."""
     timed = min(152, depth)  # what is deeper takes long to try; time is linear in the blocks
     contestant = Contestant(build(f'sd_resnet{timed}_cifar', CONSTANT),
-                            StepSettings(steps=3, grad_checkpointing=grad_checkpointing), cuda_graphs=cuda_graphs)
+                            StepSettings(steps=3, amp=settings.amp, grad_checkpointing=settings.grad_checkpointing),
+                            cuda_graphs=cuda_graphs)
     turns = [contestant.time_turn(contestant.bare, 0)[0] for _ in range(3)]  # the first warms up
     return statistics.mean(turns[1:]) * (depth - 2) / (timed - 2)
 
@@ -66,7 +67,7 @@ def print_plan(runs: list[Run], settings: RunSettings) -> None:
         if left and run.experiment.data != 'imagenet':
             key = depth, run.is_recorded(settings)
             if key not in steps:
-                steps[key] = step_seconds(depth, settings.grad_checkpointing, key[1])
+                steps[key] = step_seconds(depth, settings, key[1])
             hours = left * estimated_epoch_seconds(run.experiment, run.budget, steps[key]) / 3600
         total += hours
         estimate = '?' if left and run.experiment.data == 'imagenet' else f'{hours:.2f}'

@@ -42,6 +42,8 @@ class RunSettings:
     cluster: str | None = flag(None, "submitit's name of a cluster: slurm, or local to try it here, all at once")
     cluster_options: dict[str, Any] = flag({}, "submitit's, such as timeout_min=1440 slurm_partition=gpu "
                                            'gpus_per_node=1', **KEY_VALUES)
+    amp: bool | None = flag(None, "train.py's: all runs in bf16 autocast, or none (default: each as is faster there)",
+                            action=argparse.BooleanOptionalAction)
     grad_checkpointing: bool = flag(False, "train.py's, where 1202 layers don't fit")
     cuda_graphs: bool = flag(False, "train.py's, with what else keeps a GPU from waiting (not yet run on one)")
     output: str = flag('output/reproduce', 'folder of the run folders')
@@ -139,6 +141,8 @@ class Run(NamedTuple):
                 str(self.output), '--experiment', self.name, '--resume', 'auto']
         if threads is not None:
             line += ['--threads', str(threads)]
+        if settings.amp is not None:
+            line.append('--amp' if settings.amp else '--no-amp')
         if self.is_recorded(settings):
             line += ['--cuda-graphs', '--validation-batch-size', '1000', '--checkpoint-interval', '10']
         return line + ['--grad-checkpointing'] * settings.grad_checkpointing

@@ -160,12 +160,13 @@ def test_a_broken_run_is_named_and_nothing_is_started(trainings, tmp_path, place
     assert trainings == []
 
 
-def test_flags_of_the_machine_reach_the_training_and_the_precision_is_left_to_it(tmp_path):
+@pytest.mark.parametrize('amp', [None, True, False])  # None: the precision is left to the training
+def test_flags_of_the_machine_reach_the_training(tmp_path, amp):
     run = Run(Experiment(depth=20), 'smoke', 0, tmp_path / 'output', tmp_path / 'results' / 'runs')
-    flags = parse_train_flags(run.command(None, 3, RunSettings(grad_checkpointing=True))[2:])
+    flags = parse_train_flags(run.command(None, 3, RunSettings(grad_checkpointing=True, amp=amp))[2:])
     assert flags.grad_checkpointing
     assert flags.threads == 3
-    assert flags.amp is None
+    assert flags.amp is amp
 
 
 def test_what_can_be_recorded_is():
