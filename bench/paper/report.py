@@ -273,7 +273,8 @@ class Report:
                      for mode in BY_MODE]
             if any(cells[1:]):  # batch was timed beside another
                 rows.append(f'| {machine(hardware)} | {" | ".join(cells)} |')
-        head = ['\nSteps of scale `train` timed in turns, in those of constant depth, the median and the quartiles:\n',
+        head = ['\nSteps of scale `train` timed in turns, in those of constant depth: the median and the quartiles of '
+                'each measurement.\n',
                 f'| on | {" | ".join(BY_MODE)} |', '|---' * (len(BY_MODE) + 1) + '|']
         return '\n'.join([*head, *rows]) if rows else ''
 
