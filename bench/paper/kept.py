@@ -19,7 +19,7 @@ def precision(hardware: dict[str, Any]) -> str:
 
 
 def has_all_cores(hardware: dict[str, Any]) -> bool:
-    """Whether a run had all cores of its machine, not with `--processes` a part. Older runs don't say."""
+    """Whether a run says that it had all cores of its machine. With `--processes` it has a part of them."""
     return 'cores' in hardware and hardware['threads'] * hardware['processes'] >= hardware['cores']
 
 

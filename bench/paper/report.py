@@ -198,8 +198,8 @@ class Report:
                            for p_last, each in found.items()}
                 shared = by_seed[1.].keys() & by_seed[0.5].keys()
                 if shared:
-                    seed, of = min(shared), f'curves-{runs[1.].depth}-{data}'
-                    pictures[of] = f'{of}-{budget}-{seed}.png', f'{label}, seed {seed}', {
+                    seed, stem = min(shared), f'curves-{runs[1.].depth}-{data}'
+                    pictures[stem] = f'{stem}-{budget}-{seed}.png', f'{label}, seed {seed}', {
                         p_last: rows[seed] for p_last, rows in by_seed.items() if seed in rows}
         for file, title, rows in pictures.values():
             save_curves(rows, title, self.folder / file)

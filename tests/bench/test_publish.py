@@ -300,6 +300,8 @@ def test_runs_that_are_not_published(hub, signed_in, run_folder, changed, words)
     ('results.json', b'{}', 'results.json lacks args'),
     ('summary.csv', b'epoch,train', 'summary.csv lacks train_loss'),
     ('summary.csv', None, 'summary.csv can not be read'),
+    ('summary.csv', b'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,train_seconds\n0,2,2,1.5,9,0.1,1\n',
+     'holds files of two runs: the last validation error of summary.csv is 98.5'),
     ('model.safetensors', None, 'it has no model.safetensors'),
     ('curves.png', None, 'it has no curves.png'),
 ])

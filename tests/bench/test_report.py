@@ -125,9 +125,10 @@ def test_the_ways_of_dropping_have_the_times_that_were_measured(parts):
 # --- the table that it opens with
 
 
-def found_runs(errors, amp=(True,) * 9):
+def found_runs(errors, amp=()):
+    """Runs of these errors, all in bf16 unless `amp` says it of each."""
     return Found([dict(test_best=dict(top1_err=error), hardware=dict(amp=each))
-                  for error, each in zip(errors, amp, strict=False)], [])
+                  for error, each in zip(errors, amp or [True] * len(errors), strict=True)], [])
 
 
 @pytest.mark.parametrize(('constant', 'stochastic', 'words'), [
