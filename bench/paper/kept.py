@@ -138,7 +138,8 @@ def verdict(constant: Found, stochastic: Found) -> str:
     said = 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'no difference beyond chance'
     said = f'{said}: {difference}, 95 % interval ± {(high - low) / 2:.2f}'
     if len({*constant.precisions, *stochastic.precisions}) > 1:
-        said += f'; in {", ".join(constant.precisions)} against {", ".join(stochastic.precisions)}'
+        said += (f'; seeds in {", ".join(constant.precisions)} against seeds in '
+                 f'{", ".join(stochastic.precisions)}')
     return said
 
 
