@@ -138,8 +138,7 @@ def verdict(constant: Found, stochastic: Found) -> str:
     said = 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'no difference beyond chance'
     said = f'{said}: {difference}, 95 % interval ± {(high - low) / 2:.2f}'
     if len({*constant.precisions, *stochastic.precisions}) > 1:
-        said += (f'; seeds in {", ".join(constant.precisions)} against seeds in '
-                 f'{", ".join(stochastic.precisions)}')
+        said += f'; seeds in {", ".join(constant.precisions)} against seeds in {", ".join(stochastic.precisions)}'
     return said
 
 
