@@ -11,15 +11,16 @@ from harness.recipes import changed_by_run, changed_from_recipe, command_line, p
 from paper import numbers
 
 # How long a training is: `full` is the paper's epochs. `smoke` tries the machinery on handwritten digits, by the recipe
-# quickstart, and shows nothing about the paper.
-BUDGETS = ('full', 'fitted', 'twice', 'smoke')
+# quickstart, and shows nothing about the paper. `fitted` and `twice` are `FITTED_EPOCHS`, and twice as many.
+TIMES_FITTED = {'fitted': 1, 'twice': 2}
+BUDGETS = ('full', *TIMES_FITTED, 'smoke')
 SMOKE_EPOCHS = 4
 # A regulariser can be judged where constant depth fits its training images: where the training loss of its last epoch
 # is below this, with augmentation and without.
 FITS = {True: 0.1, False: 0.02}
-# `fitted` has enough epochs for constant depth to fit, by layers, recipe and augmentation: 24 are enough, the others
-# are guesses that nobody has tried (results/reproduction/notes.md). Stochastic depth learns more slowly, so this alone
-# would be biased against it: `twice` has twice as many.
+# Enough epochs for constant depth to fit, by layers, recipe and augmentation. 24 are enough, the others are guesses
+# (results/reproduction/notes.md). Stochastic depth learns more slowly, so a judgement after these epochs alone would be
+# biased against it: hence `twice`.
 FITTED_EPOCHS = {(38, 'cifar10', False): 24, (38, 'cifar100', False): 60, (38, 'cifar10', True): 100}
 
 
@@ -64,7 +65,7 @@ class Experiment:
         if budget == 'full':
             return numbers.EPOCHS[self.recipe]
         fitted = FITTED_EPOCHS.get((self.depth, self.recipe, self.augment))
-        return fitted and fitted * dict(fitted=1, twice=2)[budget]
+        return fitted and fitted * TIMES_FITTED[budget]
 
     def name(self, budget: str, seed: int) -> str:
         """Of the run folder. Mode, scale, augmentation and learning rate are named where they aren't the paper's."""
@@ -92,7 +93,7 @@ class Experiment:
         changed: dict[str, Any] = dict(
             model=self.model, drop_path=self.drop_path, drop_path_schedule=self.schedule, drop_path_scale=self.scale,
             epochs=epochs, seed=seed, log_gradients=True)
-        if budget in ('fitted', 'twice'):
+        if budget in TIMES_FITTED:
             recipe = read_recipe(name)
             # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs.
             changed['decay_milestones'] = [round((epoch - 1) * epochs / recipe['epochs']) + 1
@@ -147,7 +148,7 @@ FIG8_LEFT = {(schedule, p_last): ending_in(p_last, schedule=schedule)
 FIG8_RIGHT = {(depth, p_last): ending_in(p_last, depth=depth)
               for p_last in numbers.FIG8_RIGHT for depth in numbers.DEPTHS}
 # The three modes at the same rates. 'train' is the only scale that all of them have. At it 110 layers hardly learned by
-# the recipe's learning rate of 0.1; nobody has tried this one (results/reproduction/notes.md).
+# the recipe's learning rate of 0.1 (results/reproduction/notes.md).
 BY_MODE = {mode: Experiment(mode=mode, scale='train', lr=0.01) for mode in ('batch', 'sample', 'subset')}
 # Not in the paper: 38 layers, for the budgets `fitted` and `twice`, which a CPU can train.
 EFFECT = {data: {p_last: ending_in(p_last, depth=38, recipe=recipe, augment=augment) for p_last in (1., 0.8, 0.5)}

@@ -135,9 +135,10 @@ def verdict(constant: Found, stochastic: Found) -> str:
     if min(len(constant.errors), len(stochastic.errors)) == 1:
         return f'one seed, not judged: {difference}'
     low, high = ttest_ind(constant.errors, stochastic.errors).confidence_interval(0.95)
-    said = 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'no difference beyond chance'
+    said = 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'not decided by these seeds'
     said = f'{said}: {difference}, 95 % interval ± {(high - low) / 2:.2f}'
-    if len({*constant.precisions, *stochastic.precisions}) > 1:
+    several = len({*constant.precisions, *stochastic.precisions}) > 1
+    if several and sorted(constant.precisions) != sorted(stochastic.precisions):
         said += f'; seeds in {", ".join(constant.precisions)} against seeds in {", ".join(stochastic.precisions)}'
     return said
 
@@ -166,14 +167,15 @@ def time_ratio(ours: Found, base: Found) -> str:
     return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}'
 
 
-def epochs(*found: Found) -> str:
-    """Epochs of these runs."""
-    return ', '.join(sorted({str(results['epochs']) for runs in found for results in runs.results}))
+def length(budget: str, *found: Found) -> str:
+    """Two cells: the epochs of these runs, which are of one budget, and its name; empty where nothing was run."""
+    epochs = sorted({str(results['epochs']) for runs in found for results in runs.results})
+    return f'{", ".join(epochs)} | {budget if epochs else ""}'
 
 
 def seeds(*found: Found) -> str:
     """Number of seeds of each; nothing where nothing was run."""
-    return ', '.join(str(len(runs.results)) for runs in found) if epochs(*found) else ''
+    return ', '.join(str(len(runs.results)) for runs in found) if any(runs.results for runs in found) else ''
 
 
 def gradient_phases(rows: list[dict[str, float]]) -> list[float]:

@@ -68,6 +68,7 @@ BESIDE_38 = {
     'cifar10': Beside('38 layers, Fig. 8', {p_last: errors[38] for p_last, errors in FIG8_RIGHT.items()}, 0.8),
 }
 
+
 class Public(NamedTuple):
     """The best public weights that we know of: their test error (%), whose they are, and what they do otherwise."""
     error: float

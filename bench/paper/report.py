@@ -24,7 +24,7 @@ from paper.experiments import (
     Experiment,
 )
 from paper.figures import save_curves, save_map, save_survival
-from paper.kept import Found, KeptRuns, cell, epochs, fits, machine, machines, seeds, time_ratio, verdict
+from paper.kept import Found, KeptRuns, cell, fits, length, machine, machines, seeds, time_ratio, verdict
 
 # The hardware that steps were timed on, and the ratios to constant depth's step: of each mode at scale `train`, and of
 # the paper's training.
@@ -32,7 +32,8 @@ StepTimes = tuple[dict[str, Any], dict[str, dict[str, float]]]
 DATA_NAMES = {'cifar10': 'CIFAR-10+', 'cifar100': 'CIFAR-100+', 'svhn': 'SVHN', 'imagenet': 'ImageNet, top-1',
               'cifar10_unaugmented': 'CIFAR-10', 'cifar100_unaugmented': 'CIFAR-100'}
 HOW = f"""A difference of test errors counts where its 95 % interval, by Student's t-test over the seeds, leaves out 0.
-That holds for these test images, which all seeds share. One seed is not judged: it doesn't show how far seeds differ.
+An interval that holds 0 does not say that there is no difference: it takes more seeds to tell. All this is about these
+test images, which all seeds share. One seed is not judged: it doesn't show how far seeds differ.
 Where constant depth does not fit its training images, a regulariser can't be judged: a fit is a training loss below
 {FITS[False]} in the last epoch of each seed, or {FITS[True]} with augmentation. A step takes less time where it does so
 in three of four turns.
@@ -42,12 +43,12 @@ run. A figure is the test error (%) at the epoch of the lowest validation error 
 seed, or the mean over several with its standard deviation and their number. The cell of what was not run is empty. A
 `+` is with augmentation.
 
-Budgets: `full` is the paper's epochs. `fitted` is the paper's recipe with a first epoch at a learning rate of 0.01, in
-enough epochs for 38 layers at constant depth to fit, its learning rate steps in proportion. `twice` has twice as many,
-since stochastic depth learns more slowly. `smoke` tries the machinery on handwritten digits and says nothing about the
-paper."""
+Budgets: `full` is the paper's epochs. `fitted` is the paper's recipe with a first epoch at a learning rate of 0.01 and
+its learning rate steps in proportion, in as many epochs as 38 layers at constant depth should need to fit. Whether they
+do is said below. `twice` has twice as many, since stochastic depth learns more slowly. `smoke` tries the machinery on
+handwritten digits and says nothing about the paper."""
 NOT_RUN = 'not run yet: a pair takes hours on a CPU'
-NOT_YET = 'not yet: on a CPU most take days, and SVHN and ImageNet their images'
+NOT_YET = 'not yet: on a CPU most take days, and the images of SVHN and ImageNet were not at hand'
 
 
 def budget_label(run: Experiment, budget: str) -> str:
@@ -73,7 +74,7 @@ class Report:
 
     def summary(self) -> str:
         """What was reproduced, what was not yet, and why."""
-        lines = ['| from constant to stochastic depth | the paper | ours | |', '|---|---|---|---|']
+        lines = ['| from constant to stochastic depth | the paper | ours | what ours says |', '|---|---|---|---|']
         for data, runs in EFFECT.items():
             beside = numbers.BESIDE_38[data]
             head = (f'| test error (%), {DATA_NAMES[data]}, p_L = {beside.p_last} | {beside.errors[1.]:.2f} to '
@@ -86,7 +87,7 @@ class Report:
                 said = verdict(constant, stochastic) if fits(constant, runs[1.]) else (
                     f'says nothing: constant depth does not fit, training loss {cell(constant.losses, 3)}')
                 lines.append(f'{head} | {cell(constant.errors)} to {cell(stochastic.errors)}, 38 layers, '
-                             f'{budget_label(runs[1.], budget)}, seeds {seeds(constant, stochastic)} | {said} |')
+                             f'{budget_label(runs[1.], budget)} | {said} |')
         hours = numbers.TABLE2['cifar10']
         lines.append("| time, constant depth's = 1, 110 layers, p_L = 0.5 "
                      f'| {hours.stochastic / hours.constant:.2f} for the training, Table 2 '
@@ -114,7 +115,9 @@ class Report:
         """Test errors of 38 layers, and whether constant depth fits."""
         rates = (1., 0.8, 0.5)
         lines = ['## 38 layers, which a CPU can train\n',
-                 'Training losses are those of the last epoch; p_L = 1 is constant depth.\n',
+                 "These are no repetition of the paper's tables, which are of 500 epochs, and without augmentation of "
+                 '110 layers. They ask whether its effect is there. p_L = 1 is constant depth. Training losses are '
+                 'those of the last epoch, taken while blocks are dropped where p_L is below 1.\n',
                  '| data | whose | training loss, p_L = 1 | 0.8 | 0.5 | p_L = 1 fits | test error, p_L = 1 | 0.8 | 0.5 '
                  '| seeds | on |', '|---|---|---|---|---|---|---|---|---|---|---|']
         for data, runs in EFFECT.items():
@@ -138,8 +141,8 @@ class Report:
             for budget in self.budgets_or_full((constant, stochastic)):
                 ours = [self.find(run, budget) for run in (constant, stochastic)]
                 lines.append(f'| {DATA_NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
-                             f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {epochs(*ours)} '
-                             f'| {budget if epochs(*ours) else ""} | {seeds(*ours)} | {machines(*ours)} |')
+                             f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {length(budget, *ours)} '
+                             f'| {seeds(*ours)} | {machines(*ours)} |')
         return '\n'.join(lines)
 
     def table2(self) -> str:
@@ -157,8 +160,7 @@ class Report:
                 lines.append(f'| {DATA_NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
                              f'| {hours.stochastic / hours.constant:.3f} | {cell(constant.seconds, 0)} '
                              f'| {cell(stochastic.seconds, 0)} | {time_ratio(stochastic, constant)} '
-                             f'| {epochs(constant, stochastic)} '
-                             f'| {budget if epochs(constant, stochastic) else ""} | {machines(constant, stochastic)} |')
+                             f'| {length(budget, constant, stochastic)} | {machines(constant, stochastic)} |')
         return '\n'.join(lines)
 
     def compared(self, runs: dict[float, Experiment], p_last: float) -> list[tuple[str, dict[float, Found]]]:
@@ -253,16 +255,16 @@ class Report:
         lines = ['## Beyond the paper: what is dropped\n',
                  '110 layers on CIFAR-10+, p_L = 0.5, linear decay. `batch`: a block for the whole mini-batch (the '
                  "paper); `sample`: for each sample by itself (timm's DropPath); `subset`: for a fixed number of "
-                 'random samples (DINOv2). Scale `eval` multiplies the branch by p_l in evaluation (the paper), '
-                 '`train` divides it by p_l in training.\n',
+                 'random samples (DINOv2). Scale `eval` trains as the paper does, `train` as timm does '
+                 '([README](../../../README.md)).\n',
                  '| dropped | scale | learning rate | test error | epochs | budget | seeds | on |',
                  '|---|---|---|---|---|---|---|---|']
         for budget in self.budgets_or_full(BY_MODE.values()):
             for name, run in [('nothing', constant), ('batch', stochastic), *BY_MODE.items()]:
                 found = self.find(run, budget)
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
-                             f'| {cell(found.errors)} | {epochs(found)} | {budget if epochs(found) else ""} '
-                             f'| {seeds(found)} | {machines(found)} |')
+                             f'| {cell(found.errors)} | {length(budget, found)} | {seeds(found)} '
+                             f'| {machines(found)} |')
         return '\n'.join([*lines, self.step_times()])
 
     def step_times(self) -> str:

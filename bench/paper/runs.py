@@ -18,7 +18,7 @@ from harness.paths import RESULTS, TRAIN
 from harness.results import without_paths
 from harness.run_folder import RunFolder
 from paper import numbers
-from paper.experiments import BUDGETS, TARGETS, Experiment, training_of_experiment, training_of_run
+from paper.experiments import BUDGETS, TARGETS, TIMES_FITTED, Experiment, training_of_experiment, training_of_run
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def choose_runs(target: str, choice: ChoiceSettings, settings: RunSettings) -> l
     Raises:
         UserError: If one of them isn't there, or its data, or the target doesn't have the budget.
     """
-    if choice.budget in ('fitted', 'twice') and target != 'effect':
+    if choice.budget in TIMES_FITTED and target != 'effect':
         raise UserError(f'--budget {choice.budget} has epochs for the 38 layers of effect alone; choose effect, or '
                         'another budget')
     if settings.cuda_graphs and settings.grad_checkpointing:

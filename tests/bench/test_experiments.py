@@ -84,7 +84,7 @@ def test_twice_is_twice():
     for run in experiments('fitted'):
         assert run.epochs('twice') == 2 * run.epochs('fitted') < run.epochs('full')
     assert set(TARGETS['effect']) <= set(experiments('fitted'))
-    assert {run.depth for run in experiments('fitted')} == {38}  # of which the epochs are known to fit
+    assert {run.depth for run in experiments('fitted')} == {38}  # no other depth has epochs
 
 
 def rates_by_epoch(experiment, budget):
