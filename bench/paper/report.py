@@ -44,9 +44,9 @@ seed, or the mean over several with its standard deviation and their number. The
 `+` is with augmentation.
 
 Budgets: `full` is the paper's epochs. `fitted` is the paper's recipe with a first epoch at a learning rate of 0.01 and
-its learning rate steps in proportion, in as many epochs as 38 layers at constant depth should need to fit. Whether they
-do is said below. `twice` has twice as many, since stochastic depth learns more slowly. `smoke` tries the machinery on
-handwritten digits and says nothing about the paper."""
+its learning rate steps in proportion, in as many epochs as 38 layers at constant depth should need to fit (the column
+"p_L = 1 fits" says whether they do). `twice` has twice as many, since stochastic depth learns more slowly. `smoke`
+tries the machinery on handwritten digits and says nothing about the paper."""
 NOT_RUN = 'not run yet: a pair takes hours on a CPU'
 NOT_YET = 'not yet: on a CPU most take days, and the images of SVHN and ImageNet were not at hand'
 
@@ -115,9 +115,9 @@ class Report:
         """Test errors of 38 layers, and whether constant depth fits."""
         rates = (1., 0.8, 0.5)
         lines = ['## 38 layers, which a CPU can train\n',
-                 "These are no repetition of the paper's tables, which are of 500 epochs, and without augmentation of "
-                 '110 layers. They ask whether its effect is there. p_L = 1 is constant depth. Training losses are '
-                 'those of the last epoch, taken while blocks are dropped where p_L is below 1.\n',
+                 "The paper trained for 500 epochs, and without augmentation 110 layers: these smaller trainings don't "
+                 'repeat its tables. p_L = 1 is constant depth. Training losses are those of the last epoch, taken '
+                 'while blocks are dropped where p_L is below 1.\n',
                  '| data | whose | training loss, p_L = 1 | 0.8 | 0.5 | p_L = 1 fits | test error, p_L = 1 | 0.8 | 0.5 '
                  '| seeds | on |', '|---|---|---|---|---|---|---|---|---|---|---|']
         for data, runs in EFFECT.items():
