@@ -167,7 +167,7 @@ def time_ratio(ours: Found, base: Found) -> str:
     return f'{statistics.mean(ours.seconds) / statistics.mean(base.seconds):.3f}'
 
 
-def length(budget: str, *found: Found) -> str:
+def epochs_and_budget(budget: str, *found: Found) -> str:
     """Two cells: the epochs of these runs, which are of one budget, and its name; empty where nothing was run."""
     epochs = sorted({str(results['epochs']) for runs in found for results in runs.results})
     return f'{", ".join(epochs)} | {budget if epochs else ""}'

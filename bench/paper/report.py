@@ -24,7 +24,7 @@ from paper.experiments import (
     Experiment,
 )
 from paper.figures import save_curves, save_map, save_survival
-from paper.kept import Found, KeptRuns, cell, fits, length, machine, machines, seeds, time_ratio, verdict
+from paper.kept import Found, KeptRuns, cell, epochs_and_budget, fits, machine, machines, seeds, time_ratio, verdict
 
 # The hardware that steps were timed on, and the ratios to constant depth's step: of each mode at scale `train`, and of
 # the paper's training.
@@ -141,7 +141,7 @@ class Report:
             for budget in self.budgets_or_full((constant, stochastic)):
                 ours = [self.find(run, budget) for run in (constant, stochastic)]
                 lines.append(f'| {DATA_NAMES[data]} | {errors[data].constant:.2f} | {errors[data].stochastic:.2f} '
-                             f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {length(budget, *ours)} '
+                             f'| {cell(ours[0].errors)} | {cell(ours[1].errors)} | {epochs_and_budget(budget, *ours)} '
                              f'| {seeds(*ours)} | {machines(*ours)} |')
         return '\n'.join(lines)
 
@@ -160,7 +160,8 @@ class Report:
                 lines.append(f'| {DATA_NAMES[data]} | {hours.constant:.1f} h | {hours.stochastic:.1f} h '
                              f'| {hours.stochastic / hours.constant:.3f} | {cell(constant.seconds, 0)} '
                              f'| {cell(stochastic.seconds, 0)} | {time_ratio(stochastic, constant)} '
-                             f'| {length(budget, constant, stochastic)} | {machines(constant, stochastic)} |')
+                             f'| {epochs_and_budget(budget, constant, stochastic)} '
+                             f'| {machines(constant, stochastic)} |')
         return '\n'.join(lines)
 
     def compared(self, runs: dict[float, Experiment], p_last: float) -> list[tuple[str, dict[float, Found]]]:
@@ -263,7 +264,7 @@ class Report:
             for name, run in [('nothing', constant), ('batch', stochastic), *BY_MODE.items()]:
                 found = self.find(run, budget)
                 lines.append(f'| {name} | {run.scale if run.drop_path else ""} | {run.lr or rate} '
-                             f'| {cell(found.errors)} | {length(budget, found)} | {seeds(found)} '
+                             f'| {cell(found.errors)} | {epochs_and_budget(budget, found)} | {seeds(found)} '
                              f'| {machines(found)} |')
         return '\n'.join([*lines, self.step_times()])
 
