@@ -1,70 +1,22 @@
 """Where a network's weights come from: the package, or the Hub repository $TIMM_SD_HUB_ORG/<model.tag>.
 
-They are turned into a local file before timm sees them. timm alone asks an unreachable Hub for 46 seconds to 13
-minutes, names neither model nor file when it gives up, and would load a pickle where there is no safetensors file.
+They are turned into a local file, and the file is checked, before timm sees them. timm alone asks an unreachable Hub
+for 46 seconds to 13 minutes, names neither model nor file when it gives up, trusts a damaged file for good, and would
+load a pickle where there is no safetensors file.
+
+`timm.create_model('hf-hub:ORG/NAME')` of a network that this package registers goes the same way, but for its
+config.json, which timm loads by itself before it asks us. timm's own networks are timm's alone, also by that name.
 """
+import dataclasses
 import os
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-FILE = 'model.safetensors'
-TIMEOUT_SECONDS = 1.5  # the client asks twice
-
-
-def _reason(error: Exception) -> str:
-    """What to do about an error of the Hub's client, whose own text has many lines and no file in it."""
-    if isinstance(error, GatedRepoError):
-        return 'access must be asked for on its page'
-    if isinstance(error, RevisionNotFoundError):
-        return 'there is no such revision'
-    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return 'there is no such file; weights other than safetensors are not loaded'
-    if isinstance(error, RepositoryNotFoundError):
-        return 'there is no such repository, or it is private: log in with hf auth login, or set HF_TOKEN'
-    return f'the Hub does not answer as it should ({type(error).__name__}); try later, or pass pretrained=False'
-
-
-def download(name: str, hub_id: str, cache_dir: str | None = None) -> str:
-    """The local path of a repository's model.safetensors.
-
-    A quick question comes first, so a Hub that can't be reached costs a few seconds; then what the cache holds must do.
-
-    Args:
-        name: The model's name, for the error.
-        hub_id: 'ORG/NAME', or 'ORG/NAME@revision'.
-        cache_dir: In place of the Hub's own cache.
-
-    Raises:
-        OSError: If the file can't be had, in one line.
-    """
-    repo, _, given = hub_id.partition('@')
-    revision = given or None
-    try:
-        try:
-            get_hf_file_metadata(hf_hub_url(repo, FILE, revision=revision), timeout=TIMEOUT_SECONDS)
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except (httpx.HTTPError, OSError):
-            cached = try_to_load_from_cache(repo, FILE, cache_dir, revision)
-            if not isinstance(cached, str):
-                raise
-            return cached
-        return hf_hub_download(repo, FILE, revision=revision, cache_dir=cache_dir)
-    except (httpx.HTTPError, OSError, ValueError) as error:
-        raise OSError(f'{name}: not in the package, and no weights from {FILE} of {hub_id} on the Hub: '
-                      f'{_reason(error)}') from error
+from .download import FILE, download
+from .weight_files import WeightsError, check_weights
 
 
 def _full_name(cfg: Any) -> str:
@@ -83,6 +35,8 @@ def find(cfg: Any, cache_dir: str | None = None) -> str:
         OSError: If they can't be had from the Hub.
     """
     name = _full_name(cfg)
+    if cfg.source == 'local-dir':
+        return os.path.join(cfg.file, FILE)
     if cfg.file and cfg.source != 'hf-hub':
         return cfg.file
     if cfg.hf_hub_id:
@@ -104,18 +58,20 @@ def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwarg
         **kwargs: The entry point's arguments.
 
     Raises:
-        RuntimeError, OSError: If the weights can't be had, see `find`, or don't fit.
+        RuntimeError, OSError: If the weights can't be had, see `find`, or don't fit, see `check_weights`.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, name, False, **kwargs)
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     cfg: Any = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.state_dict or cfg.source == 'local-dir' or (cfg.url and not cfg.hf_hub_id and not cfg.file):  # timm's own
+    if cfg.state_dict or (cfg.url and not cfg.hf_hub_id and not cfg.file):  # timm's own
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     path = find(cfg, kwargs.get('cache_dir'))
-    overlay = dict(overlay, file=path, source='timm')
     try:
+        if path.endswith('.safetensors'):
+            check_weights(path, dataclasses.asdict(cfg))
+        overlay = dict(overlay, file=path, source='timm', custom_load=False)
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
-    except (RuntimeError, KeyError, SafetensorError) as error:
+    except (RuntimeError, KeyError, WeightsError, SafetensorError) as error:
         reason = ' '.join(str(error).split())[:300]
         raise RuntimeError(f'{_full_name(cfg)}: weights {path} do not fit: {reason}') from error

@@ -87,18 +87,18 @@ def patience(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize(('fault', 'questions'), [('503', 1), ('silent', 2)])  # the client asks a silent one twice
+@pytest.mark.parametrize(('fault', 'questions'), [(503, 1), ('silent', 2)])  # the client asks a silent one twice
 def test_a_silent_hub_falls_back_to_the_cache(hub, pictures, patience, fault, questions):
-    hub.fault = fault
+    hub.fail(fault)
     with pytest.raises(UserError, match="data set 'some/pictures': the Hub is unreachable and it is not in the cache"):
         load_split(SourceSettings('some/pictures'), 'train')
     assert patience == [3]  # seconds
     asked = [request for request in hub.requests if '/datasets/' in request]
     assert len(asked) <= questions  # no other question: the client would ask for half a minute
     assert datasets.config.HF_HUB_OFFLINE is False
-    hub.fault = None
+    hub.heal()
     assert load_split(SourceSettings('some/pictures'), 'train')['label'] == [0, 1]
-    hub.fault = fault
+    hub.fail(fault)
     assert brightness(load_split(SourceSettings('some/pictures'), 'train')) == [0, 10]
     assert patience == [3] * 3
 
@@ -159,7 +159,7 @@ def test_a_stream_of_files_goes_on_after_kill_9(hub, tmp_path):
 
 @pytest.mark.slow
 def test_a_silent_hub_has_no_data_set(hub, tmp_path):
-    hub.fault = 'silent'
+    hub.fail('silent')
     result = bench('train.py', *SMALL, '--output', tmp_path, '--dataset', 'some/nothing', timeout=240)  # silent for 600
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr

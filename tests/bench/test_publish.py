@@ -342,7 +342,7 @@ def test_where_to_is_asked_for(run_folder):
 
 @pytest.mark.slow
 def test_a_silent_hub_is_given_up(hub, signed_in, run_folder):
-    hub.fault = 'silent'
+    hub.fail('silent')
     result = bench('publish.py', run_folder, '--repo', 'our/new', timeout=240)  # it would be silent for 600
     assert result.returncode == 2
     assert 'our/new can not be published' in result.stderr.splitlines()[-1]

@@ -1,6 +1,7 @@
 """Weights from the Hub: where they are looked for, and what is said when they can't be had."""
 import io
 import os
+import re
 import time
 import types
 from functools import cache
@@ -11,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 
-import timm_sd.hub
+import timm_sd.download
 from support.hub_server import Hub
 
 NAME = 'sd_resnet20_cifar.svhn'  # not in the package
@@ -33,15 +34,25 @@ def load(tmp_path, monkeypatch):
     return load
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The seconds between two questions, which no test waits for."""
+    waited = []
+    clock = types.SimpleNamespace(**{**vars(time), 'sleep': waited.append})
+    monkeypatch.setattr('timm_sd.download.time', clock)
+    monkeypatch.setattr('huggingface_hub.file_download.time', clock)
+    return waited
+
+
 @pytest.fixture
 def timeouts(monkeypatch):
     """The time limit of each quick question to the Hub."""
-    given, ask = [], timm_sd.hub.get_hf_file_metadata
+    given, ask = [], timm_sd.download.get_hf_file_metadata
 
     def recorded(*args, timeout=None, **kwargs):
         given.append(timeout)
         return ask(*args, timeout=timeout, **kwargs)
-    monkeypatch.setattr(timm_sd.hub, 'get_hf_file_metadata', recorded)
+    monkeypatch.setattr(timm_sd.download, 'get_hf_file_metadata', recorded)
     return given
 
 
@@ -91,12 +102,12 @@ def test_a_newer_commit_is_loaded_and_a_pinned_one_stays(hub, load):
     assert_holds(load(pretrained_cfg_overlay=dict(hf_hub_id=f'our/{NAME}@{old}')), good_weights())
 
 
-@pytest.mark.parametrize('fault', ['503', 'silent'])
+@pytest.mark.parametrize('fault', [503, 'silent'])
 def test_where_the_hub_does_not_answer_the_cache_does(hub, load, timeouts, monkeypatch, fault):
-    monkeypatch.setattr(timm_sd.hub, 'TIMEOUT_SECONDS', 0.2)
+    monkeypatch.setattr(timm_sd.download, 'TIMEOUT_SECONDS', 0.2)
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     load()
-    hub.fault = fault
+    hub.fail(fault)
     hub.requests.clear()
     assert_holds(load(), good_weights())
     assert hub.requests  # it was asked first
@@ -159,7 +170,7 @@ def test_the_arguments_are_left_alone_and_load_twice(hub, load):
     ({'model.safetensors': b'seen by nobody'}, True, ['private', 'HF_TOKEN']),
     (pickle_only, False, ['no such file', 'safetensors']),
     (lambda: {'model.safetensors': good_weights()[:100]}, False, ['do not fit']),
-    (lambda: {'model.safetensors': safetensors.torch.save({'fc.weight': torch.zeros(3, 3)})}, False,
+    (lambda: {'model.safetensors': safetensors.torch.save({'fc.weight': torch.zeros(10, 3)})}, False,
      ['do not fit', 'Missing key']),
 ], ids=['no repository', 'private', 'a pickle', 'a broken header', 'other tensors'])
 def test_wrong_files_on_the_hub_are_named(hub, load, files, private, words):
@@ -172,7 +183,7 @@ def test_wrong_files_on_the_hub_are_named(hub, load, files, private, words):
 def test_missing_revision(hub, load):
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     said = error_of(load, pretrained_cfg_overlay=dict(hf_hub_id=f'our/{NAME}@nowhere'))
-    assert f'our/{NAME}@nowhere on the Hub: there is no such revision' in said
+    assert f'our/{NAME}@nowhere from the Hub: there is no such revision' in said
 
 
 def test_without_organisation_it_says_what_was_tried(hub, load, monkeypatch):
@@ -181,29 +192,93 @@ def test_without_organisation_it_says_what_was_tried(hub, load, monkeypatch):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(('fault', 'questions'), [('503', 1), ('silent', 2)])  # the client asks a silent one twice
-def test_a_hub_that_does_not_answer_is_given_up_and_asked_again_later(hub, load, timeouts, monkeypatch, fault,
-                                                                      questions):
-    allowed = timm_sd.hub.TIMEOUT_SECONDS
-    monkeypatch.setattr(timm_sd.hub, 'TIMEOUT_SECONDS', 0.2)
+def test_a_silent_hub_is_given_up_and_asked_again_later(hub, load, timeouts, monkeypatch):
+    allowed = timm_sd.download.TIMEOUT_SECONDS
+    monkeypatch.setattr(timm_sd.download, 'TIMEOUT_SECONDS', 0.2)
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
-    hub.fault = fault
+    hub.fail('silent')
     said = error_of(load, kind=OSError)
     assert all(word in said for word in ('model.safetensors', 'does not answer', 'pretrained=False')), said
-    assert len(hub.requests) <= questions
+    assert len(hub.requests) <= 2  # the client asks a silent one twice
     assert timeouts == [0.2]
-    assert questions * allowed < 5  # seconds
-    hub.fault = None
+    assert 2 * allowed < 5  # seconds
+    hub.heal()
     assert_holds(load(), good_weights())
 
 
-def test_a_body_that_breaks_off_is_no_file(hub, load, monkeypatch, tmp_path):
-    # the client waits a second before each of its five tries
-    clock = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
-    monkeypatch.setattr('huggingface_hub.file_download.time', clock)
+def test_a_hub_that_fails_is_asked_again_for_a_while(hub, load, waits):
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
-    hub.fault = 'truncate'
+    hub.fail(503)
+    assert 'the Hub answers 503; try later' in error_of(load, kind=OSError)
+    assert waits == [1, 2, 4, 8]
+    assert len(hub.requests) == 5
+    hub.heal()
+    assert_holds(load(), good_weights())
+
+
+@pytest.mark.parametrize('phase', ['HEAD', 'GET'])
+@pytest.mark.parametrize(('status', 'headers', 'seconds'), [
+    (500, {}, 1), (502, {}, 1), (429, {}, 1), (429, dict(Retry_After='7'), 7), (503, dict(Retry_After='300'), 300)])
+def test_what_passes_is_waited_for(hub, load, waits, monkeypatch, phase, status, headers, seconds):
+    monkeypatch.setattr('huggingface_hub.utils._http.time', types.SimpleNamespace(sleep=waits.append))
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    hub.fail(status, phase, times=1, **headers)
+    assert_holds(load(), good_weights())
+    assert [*map(int, waits)] in ([seconds], [seconds + 1])  # the client adds a second
+
+
+def test_who_is_to_wait_for_long_is_told(hub, load, waits):
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    hub.fail(429, Retry_After='3600')
+    assert 'the Hub answers 429; try later' in error_of(load)
+    assert waits == []
+
+
+@pytest.mark.parametrize(('status', 'words'), [
+    (401, 'the Hub does not accept the token (401): log in with hf auth login'),
+    (403, 'the Hub does not accept the token (403): log in with hf auth login'),
+    (400, 'the Hub answers 400'),
+])
+@pytest.mark.parametrize('phase', ['HEAD', 'GET'])
+def test_the_advice_fits_the_status(hub, load, waits, phase, status, words):
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    hub.fail(status, phase, X_Error_Message='Invalid credentials in Authorization header')
+    assert words in error_of(load)
+    assert waits == []
+
+
+@pytest.mark.parametrize('where', ['GET', 'HEAD'])
+def test_a_hub_that_falls_silent_is_given_up(hub, load, monkeypatch, where):
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    monkeypatch.setattr(timm_sd.download, 'SILENCE_SECONDS', 0.3)
+    if where == 'HEAD':  # after the quick question
+        ask = timm_sd.download.get_hf_file_metadata
+
+        def asked(*args, **kwargs):
+            answer = ask(*args, **kwargs)
+            hub.fail('silent')
+            return answer
+        monkeypatch.setattr(timm_sd.download, 'get_hf_file_metadata', asked)
+    else:
+        hub.fail('silent', where)
+    assert 'does not answer as it should (TimeoutError)' in error_of(load, kind=OSError)
+
+
+def test_a_slow_download_goes_on_and_shows_it(hub, load, monkeypatch, capfd):
+    monkeypatch.setattr(timm_sd.download, 'SILENCE_SECONDS', 1.5)
+    monkeypatch.setattr(huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 2 ** 14)
+    monkeypatch.setenv('TQDM_POSITION', '-1')  # the bar is shown without a terminal too
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    hub.fail('slow', 'GET')  # four seconds
+    assert_holds(load(), good_weights())
+    shown = {int(percent) for percent in re.findall(r'model.safetensors: +(\d+)%', capfd.readouterr().err)}
+    assert len(shown) >= 3
+
+
+def test_a_body_that_breaks_off_is_no_file(hub, load, tmp_path):
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    hub.fail('truncate', 'safetensors')
     said = error_of(load)
     assert all(word in said for word in ('model.safetensors', 'does not answer')), said
-    hub.fault = None
+    hub.heal()
     assert_holds(load(), good_weights())  # what came of it before is not taken for it

@@ -6,8 +6,10 @@ Weights are uploaded by LFS, as on the real one.
 import base64
 import hashlib
 import json
+import math
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -15,19 +17,38 @@ from urllib.parse import unquote, urlparse
 
 @dataclass
 class Repo:
-    """One repository: commits by oid, branches, and who may see it."""
+    """One repository: commits by oid, branches, who may see it, and the title of each file's last commit."""
     private: bool = False
     commits: dict = field(default_factory=dict)
     branches: dict = field(default_factory=dict)
+    titles: dict = field(default_factory=dict)
 
-    def commit(self, files, branch='main'):
-        """A new commit on top of `branch`; its oid, by which caches know what they hold."""
-        content = {**self.commits.get(self.branches.get(branch), {}), **files}
+    def commit(self, files, branch='main', title='by hand', parent=None):
+        """A new commit on top of `branch`, or of another parent; its oid, by which caches know what they hold.
+
+        A file of None is deleted.
+        """
+        content = {**self.commits.get(parent or self.branches.get(branch), {}), **files}
+        content = {path: blob for path, blob in content.items() if blob is not None}
         blobs = sorted((path, blob_id(path, blob)) for path, blob in content.items())
         oid = hashlib.sha1(f'{branch}{len(self.commits)}{blobs}'.encode()).hexdigest()
         self.commits[oid] = content
         self.branches[branch] = oid
+        self.titles.update(dict.fromkeys(files, title))
         return oid
+
+
+@dataclass
+class Fault:
+    """What befalls the requests whose 'METHOD path' holds the pattern `where`, the first `times` of them.
+
+    `kind` is a status, with headers, or 'silent' (accepts, never answers), 'lost' (does it, and says nothing),
+    'truncate' (breaks off the body), 'corrupt' (changes the body's last bytes), or 'slow' (a second between two parts).
+    """
+    kind: int | str
+    where: str = ''
+    times: float = math.inf
+    headers: dict = field(default_factory=dict)
 
 
 def is_lfs(path):
@@ -42,7 +63,7 @@ def blob_id(path, content):
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. `fault` is None, 'silent' (accepts, never answers), '503', or 'truncate' (breaks off weights)."""
+    """The server."""
     daemon_threads = True
     TOKEN = 'hf_secret'
 
@@ -56,7 +77,23 @@ class Hub(ThreadingHTTPServer):
         """Makes it empty, and without a fault; who waits for a silent answer is let go."""
         self.released.set()
         self.released = threading.Event()
-        self.repos, self.lfs, self.fault, self.requests = {}, {}, None, []
+        self.repos, self.lfs, self.faults, self.requests, self.before_commit = {}, {}, [], [], None
+
+    def fail(self, kind, where='', times=math.inf, **headers):
+        """Adds a fault; see `Fault`."""
+        self.faults.append(Fault(kind, where, times, headers))
+
+    def heal(self):
+        """Takes all faults away."""
+        self.faults.clear()
+
+    def fault_of(self, request):
+        """The first fault that befalls a request; None where none does."""
+        for fault in self.faults:
+            if fault.times > 0 and re.search(fault.where, request):
+                fault.times -= 1
+                return fault
+        return None
 
     @property
     def url(self):
@@ -87,13 +124,16 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         path = unquote(urlparse(self.path).path)
-        self.server.requests.append(f'{self.command} {path}')
-        if self.server.fault == 'silent':
+        request = f'{self.command} {path}'
+        self.server.requests.append(request)
+        fault = self.server.fault_of(request)
+        self.kind = fault.kind if fault else None
+        if self.kind == 'silent':
             self.server.released.wait(600)
             self.close_connection = True
             return
-        if self.server.fault == '503':
-            self.error(503, '')
+        if isinstance(self.kind, int):
+            self.send(self.kind, b'{"error": ""}', **fault.headers)
             return
         for pattern, method in (
                 (r'/api/repos/create', self.create),
@@ -117,16 +157,25 @@ class Handler(BaseHTTPRequestHandler):
     # --- answers
 
     def send(self, status, content=b'', **headers):
+        if self.kind == 'lost':
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace('_', '-'), value)
         self.send_header('Content-Length', str(len(content)))
         self.end_headers()
-        if self.command != 'HEAD':
-            if self.server.fault == 'truncate' and 'safetensors' in self.path:
-                content = content[:len(content) // 2]
-                self.close_connection = True
-            self.wfile.write(content)
+        if self.command == 'HEAD':
+            return
+        if self.kind == 'truncate':
+            content = content[:len(content) // 2]
+            self.close_connection = True
+        if self.kind == 'corrupt':
+            content = content[:-4] + bytes(255 - byte for byte in content[-4:])
+        parts = 4 if self.kind == 'slow' else 1
+        for start in range(0, len(content), -(-len(content) // parts) or 1):
+            time.sleep(parts > 1)
+            self.wfile.write(content[start:start + -(-len(content) // parts)])
 
     def json(self, value, status=200):
         self.send(status, json.dumps(value).encode(), Content_Type='application/json')
@@ -190,13 +239,21 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200)
 
     def commit(self, body, kind, repo_id, revision):
+        if self.server.before_commit:  # what another one does meanwhile
+            self.server.before_commit, act = None, self.server.before_commit
+            act()
         lines = [json.loads(line) for line in body.splitlines()]
         files = {line['value']['path']: base64.b64decode(line['value']['content'])
                  for line in lines if line['key'] == 'file'}
         files |= {line['value']['path']: self.server.lfs[line['value']['oid']]
                   for line in lines if line['key'] == 'lfsFile'}
-        is_pull_request = 'create_pr=1' in self.path
-        oid = self.server.repos[kind, repo_id].commit(files, 'refs/pr/1' if is_pull_request else revision)
+        files |= {line['value']['path']: None for line in lines if line['key'] == 'deletedFile'}
+        repo, header = self.server.repos[kind, repo_id], lines[0]['value']
+        is_pull_request, parent = 'create_pr=1' in self.path, header.get('parentCommit')
+        if parent and not is_pull_request and repo.branches[revision] != parent:
+            self.error(412, '')
+            return
+        oid = repo.commit(files, 'refs/pr/1' if is_pull_request else revision, header['summary'], parent)
         answer = dict(success=True, commitOid=oid, commitUrl=f'{self.server.url}/{repo_id}/commit/{oid}', hookOutput='')
         if is_pull_request:
             answer['pullRequestUrl'] = f'{self.server.url}/{repo_id}/discussions/1'
@@ -212,14 +269,15 @@ class Handler(BaseHTTPRequestHandler):
                            siblings=[dict(rfilename=path) for path in files]))
 
     @staticmethod
-    def entry(path, content):
+    def entry(path, content, title=''):
         lfs = dict(lfs=dict(oid=blob_id(path, content), size=len(content), pointerSize=130)) if is_lfs(path) else {}
-        return dict(type='file', path=path, size=len(content), oid=blob_id(path, content), **lfs)
+        return dict(type='file', path=path, size=len(content), oid=blob_id(path, content), **lfs,
+                    lastCommit=dict(id='0' * 40, title=title, date='2026-01-01T00:00:00.000Z'))
 
     def tree(self, body, kind, repo_id, revision, folder):
         found = self.files(kind, repo_id, revision)
         if found:
-            entries = [self.entry(path, content) for path, content in found[2].items()
+            entries = [self.entry(path, content, found[0].titles.get(path, '')) for path, content in found[2].items()
                        if not folder or path.startswith(f'{folder}/')]
             if entries or not folder:
                 self.json(entries)

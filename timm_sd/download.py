@@ -1,0 +1,224 @@
+"""A file of a Hub repository as a local one, asked for with patience and a time limit, and of the right checksum."""
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx, tqdm
+
+from .weight_files import checksum
+
+FILE = 'model.safetensors'
+TIMEOUT_SECONDS = 1.5  # of the quick question; the client asks twice
+SILENCE_SECONDS = 40.  # in a download; a slow one goes on
+WAITS = (1, 2, 4, 8)  # seconds before the Hub is asked again
+PATIENCE_SECONDS = 30.  # until it isn't asked any more
+LONGEST_WAIT = 310.  # seconds that the Hub may ask for; its limits of rate are for five minutes
+
+
+Result = TypeVar('Result')
+_logger = logging.getLogger(__name__)
+
+# A progress bar moves by these. The client's 10 MB are more than most of our files have: a slow one would seem silent.
+constants.DOWNLOAD_CHUNK_SIZE = 2 ** 18
+
+
+class _Refused(OSError):
+    """What a file or a token was refused for; the text says it all."""
+
+
+# --- secrets
+
+
+def hide_password(text: str) -> str:
+    """The text without the password that $HF_ENDPOINT may have, and that errors of the client show with it."""
+    password = urlsplit(constants.ENDPOINT).password
+    return text.replace(f':{password}@', ':***@') if password else text
+
+
+def _hide_in_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = hide_password(record.getMessage()), ()
+    return True
+
+
+def check_token() -> None:
+    """Raises OSError if the token can't be one: the client would fail with a text that holds it."""
+    token = get_token() or ''
+    if not token.isascii() or not token.isprintable() or ' ' in token:
+        raise _Refused('the token has characters that no token has: log in with hf auth login, or set HF_TOKEN')
+
+
+for _handler in logging.getLogger('huggingface_hub').handlers:
+    _handler.addFilter(_hide_in_record)
+
+# --- asking the Hub
+
+
+def _answer_to(error: BaseException) -> Any:
+    """The Hub's answer that an error of its client stands for, itself or by its cause; None where none came."""
+    seen: BaseException | None = error
+    while seen is not None and getattr(seen, 'response', None) is None:
+        seen = seen.__cause__
+    return getattr(seen, 'response', None)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error of the Hub's client stands for; None where no answer came."""
+    answer = _answer_to(error)
+    return None if answer is None else answer.status_code
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """What `call` gives. While the Hub answers 408, 429 or 5xx it is asked again, after the time that it names."""
+    begin = time.monotonic()
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the threads of an upload
+            answer = _answer_to(error)
+            if wait is None or answer is None or answer.status_code not in (408, 429, 500, 502, 503, 504):
+                raise
+            named = answer.headers.get('Retry-After', '')
+            seconds = int(named) if named.isdigit() else wait
+            if seconds > LONGEST_WAIT or not named and time.monotonic() - begin + seconds > PATIENCE_SECONDS:
+                raise
+            _logger.warning('the Hub answers %d, and is asked again in %d s', answer.status_code, seconds)
+        time.sleep(seconds)
+    raise AssertionError('the last round returns or raises')
+
+
+def _unless_silent(call: Callable[[type], Result]) -> Result:
+    """What `call` gives; TimeoutError once nothing has come of it for `SILENCE_SECONDS`.
+
+    The client alone would go on asking for more than six minutes. A thread that is given up ends when the client does.
+
+    Args:
+        call: Takes the class of its progress bar.
+    """
+    heard, done = [time.monotonic()], queue.SimpleQueue[Any]()
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            heard[0] = time.monotonic()
+            return super().update(n)
+
+    def run() -> None:
+        try:
+            done.put((call(Bar), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        try:
+            result, error = done.get(timeout=0.1)
+        except queue.Empty:
+            if time.monotonic() - heard[0] > SILENCE_SECONDS:
+                raise TimeoutError(f'nothing came for {SILENCE_SECONDS:.0f} s') from None
+        else:
+            if error is not None:
+                raise error
+            return result
+
+
+def _reason(error: Exception) -> str:
+    """What to do about an error of the Hub's client, whose own text has many lines and no file in it."""
+    status = status_of(error)
+    if isinstance(error, _Refused):
+        return str(error)
+    if isinstance(error, GatedRepoError):
+        return 'access must be asked for on its page'
+    if isinstance(error, RevisionNotFoundError):
+        return 'there is no such revision'
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return 'there is no such file; weights other than safetensors are not loaded'
+    if isinstance(error, RepositoryNotFoundError):
+        return 'there is no such repository, or it is private: log in with hf auth login, or set HF_TOKEN'
+    if status in (401, 403):
+        return f'the Hub does not accept the token ({status}): log in with hf auth login, or set HF_TOKEN'
+    how = f'answers {status}' if status else f'does not answer as it should ({type(error).__name__})'
+    return f'the Hub {how}; try later, or pass pretrained=False'
+
+
+# --- files
+
+
+def _check_sum(path: str, etag: str | None) -> None:
+    """Raises OSError, and removes the file, if it isn't what the Hub names; the cache alone would give it for good."""
+    blob = path
+    if os.path.islink(path):  # to a file that has the checksum as its name
+        blob = os.path.join(os.path.dirname(path), os.readlink(path))
+        etag = os.path.basename(blob)
+    if etag is None or len(etag) not in (40, 64) or checksum(path, etag) == etag:
+        return
+    for damaged in (blob, path):
+        Path(damaged).unlink(missing_ok=True)
+    raise _Refused(f'what came has another checksum than the Hub names, {etag[:12]}...; it was removed, load it again')
+
+
+def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = FILE) -> str:
+    """The local path of a file of a repository, with the checksum that the Hub names.
+
+    A quick question comes first, so a Hub that can't be reached costs a few seconds; then what the cache holds must do.
+
+    Args:
+        name: The model's name, for the error.
+        hub_id: 'ORG/NAME', or 'ORG/NAME@revision'.
+        cache_dir: In place of the Hub's own cache.
+        file: Its name.
+
+    Raises:
+        OSError: If the file can't be had, in one line.
+    """
+    repo, _, given = hub_id.partition('@')
+    revision = given or None
+
+    def ask() -> Any:
+        return get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=TIMEOUT_SECONDS)
+
+    def fetch(force: bool) -> str:
+        return patiently(lambda: _unless_silent(lambda bar: hf_hub_download(
+            repo, file, revision=revision, cache_dir=cache_dir, force_download=force, tqdm_class=bar)))
+
+    try:
+        check_token()
+        cached = try_to_load_from_cache(repo, file, cache_dir, revision)
+        try:
+            etag = (ask() if isinstance(cached, str) else patiently(ask)).etag
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except (httpx.HTTPError, OSError):
+            if not isinstance(cached, str):
+                raise
+            _check_sum(cached, None)
+            return cached
+        path = fetch(force=False)
+        try:
+            _check_sum(path, etag)
+        except _Refused:  # it may have been damaged in the cache
+            path = fetch(force=True)
+            _check_sum(path, etag)
+        return path
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        cause = error if hide_password(constants.ENDPOINT) == constants.ENDPOINT else None  # its text has the address
+        raise OSError(f'{name}: no {file} of {hub_id} from the Hub: {_reason(error)}') from cause

@@ -1,0 +1,85 @@
+"""What a file of weights is asked before a network is built for it: its checksum, its shapes, and whether it is finite.
+
+timm asks none of this. It builds whatever config.json asks for, and loads NaN, or the bit patterns of integers.
+"""
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# The buffers that networks keep as integers: batch norm's count, and a Swin's table of positions.
+INTEGERS = ('num_batches_tracked', 'relative_position_index')
+
+
+class WeightsError(ValueError):
+    """A file of weights that can't be used; the text names the tensor, in one line."""
+
+
+def checksum(path: str, like: str) -> str:
+    """A file's checksum of the kind that the Hub names it by.
+
+    Args:
+        path: The file.
+        like: Such a checksum: the SHA-256 of a large file, 64 digits, or git's of a small one, 40 digits.
+    """
+    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
+    with open(path, 'rb') as file:
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_weights(path: str, cfg: dict[str, Any]) -> None:
+    """Raises WeightsError unless a file's tensors are finite numbers of the shapes that a cfg says.
+
+    What needs no tensor is asked first: num_classes of 10^7 would make a network of gigabytes.
+
+    Args:
+        path: A safetensors file.
+        cfg: A pretrained_cfg: `classifier` and `first_conv` name layers, `num_classes` and `input_size` their sizes.
+
+    Raises:
+        WeightsError: Names the tensor.
+    """
+    try:
+        with safe_open(path, 'pt') as file:
+            names = file.keys()
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            for name in names:
+                dtype = file.get_slice(name).get_dtype()
+                if not dtype.startswith(('F', 'BF')) and name.rpartition('.')[2] not in INTEGERS:
+                    raise WeightsError(f'{name} holds {dtype}, no floating-point numbers')
+            _check_shapes(shapes, cfg)
+            check_finite((name, file.get_tensor(name)) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f'it is no whole safetensors file ({error})') from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise WeightsError(f'num_classes or input_size is no number: {error}') from error
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises WeightsError that names the first tensor with a number that isn't finite."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # not all kinds of 8 bits have isfinite
+            raise WeightsError(f'{name} holds numbers that are not finite')
+
+
+def _check_shapes(shapes: dict[str, list[int]], cfg: dict[str, Any]) -> None:
+    classes = (cfg.get('num_classes') or 0) + (cfg.get('label_offset') or 0)
+    channels = (cfg.get('input_size') or (3,))[0]
+    for layer in _names(cfg.get('classifier')):
+        shape = shapes.get(f'{layer}.weight')
+        if shape and cfg.get('num_classes') is not None and shape[0] != classes:
+            raise WeightsError(f'{layer}.weight has {shape[0]} classes, and num_classes is {classes}')
+    for layer in _names(cfg.get('first_conv')):
+        shape = shapes.get(f'{layer}.weight')
+        # a multiple where the stem first folds pixels into channels
+        if shape and len(shape) == 4 and shape[1] % channels:
+            raise WeightsError(f'{layer}.weight takes {shape[1]} channels, and in_chans is {channels}')
+
+
+def _names(layers: Any) -> tuple[str, ...]:
+    return (layers,) if isinstance(layers, str) else tuple(layers or ())
