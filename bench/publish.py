@@ -17,10 +17,11 @@ import timm_sd
 from harness.card import DATASETS, Comparison, channels_of, classes_and_size, dataset_of, full_name, method_of
 from harness.cli import Parser, add_flags, flag, make_settings, run_script
 from harness.errors import UserError
-from harness.files import write_atomic
+from harness.files import folder_in_one_piece, write_atomic
 from harness.paths import CARDS, RECIPES, RESULTS
 from harness.recipes import changed_by_run, is_packaged, read_recipe
-from harness.repository import UploadSettings, read_run, upload, write_card_folder, write_repository
+from harness.repository import read_run, write_card_folder, write_repository
+from harness.upload import UploadSettings, upload
 from paper import numbers
 from timing.contestants import Variant
 from timing.rows import find_row
@@ -88,7 +89,8 @@ def bundle(run_folder: Path) -> None:
     if name.partition('.')[2] not in DATASETS:
         raise UserError(f'the package holds no {name}, only the tags {", ".join(DATASETS)}; publish it with --repo')
     check_stands_for(results, name)
-    write_card_folder(run_folder, results, compare(results), CARDS / name)
+    with folder_in_one_piece(CARDS / name) as folder:
+        write_card_folder(run_folder, results, compare(results), folder)
     write_atomic(PRETRAINED / f'{name}.safetensors', (run_folder / 'model.safetensors').read_bytes())
     print(f'bundled {name}: test error {results["test_best"]["top1_err"]} %')
 
@@ -108,7 +110,8 @@ def main() -> None:
     results = read_run(run_folder)
     comparison = compare(results)
     if target.dry_run:
-        write_repository(run_folder, results, comparison, run_folder / 'hub', target.repo)
+        with folder_in_one_piece(run_folder / 'hub') as folder:
+            write_repository(run_folder, results, comparison, folder, target.repo)
         print(f'wrote {run_folder / "hub"}')
     else:
         print(upload(run_folder, results, comparison, target.repo, make_settings(UploadSettings, args)))

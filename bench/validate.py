@@ -3,11 +3,11 @@
 timm's conventions: fp32 unless --amp, mean and std of the model's pretrained_cfg, one JSON on stdout, a results CSV.
 """
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -21,7 +21,9 @@ from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv
 from harness.launch import make_accelerator
-from harness.network import NetworkSettings, check_size, registered_name, size_kwargs
+from harness.network import NetworkSettings, check_size, local_source, registered_name, size_kwargs
+from harness.run_folder import read_metadata
+from timm_sd.weight_files import check_finite, check_weights
 
 
 def validate_parser() -> Parser:
@@ -36,21 +38,15 @@ def validate_parser() -> Parser:
     return parser
 
 
-def read_metadata(file: str) -> dict[str, Any]:
+def read_settings(file: str) -> dict[str, Any]:
     """What train.py writes into a safetensors file of how its images look and what its classes are called.
 
     Empty for files of others.
     """
-    try:
-        with safetensors.safe_open(file, 'pt') as opened:
-            metadata = opened.metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        return {}
-    if 'timm_sd' not in metadata:
-        return {}
-    found = {key: json.loads(metadata[key]) for key in
-             ('img_size', 'mean', 'std', 'in_memory', 'model_kwargs', 'label_names') if key in metadata}
-    return dict(found, model=metadata['model'])
+    metadata = read_metadata(file)
+    found: dict[str, Any] = {key: json.loads(metadata[key]) for key in (
+        'img_size', 'mean', 'std', 'in_memory', 'model_kwargs', 'label_names') if key in metadata}
+    return dict(found, model=metadata['model']) if metadata else {}
 
 
 def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: int, img_size: int | None) -> Any:
@@ -68,10 +64,15 @@ def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: 
     else:
         what = f'pretrained weights of {network.model}'
     with user_errors(what):
+        local, weights = local_source(network.model, pretrained=not checkpoint)
+        if checkpoint and checkpoint.endswith('.safetensors'):
+            cfg: Any = timm.get_pretrained_cfg(name)
+            check_weights(checkpoint, dict(cfg.to_dict(), num_classes=num_classes))
         model: Any = timm.create_model(
-            network.model, pretrained=not checkpoint, checkpoint_path=checkpoint,
-            num_classes=num_classes if checkpoint else None,
+            local, pretrained=not checkpoint, checkpoint_path=checkpoint,
+            num_classes=num_classes if checkpoint else None, **weights,
             **dict(size_kwargs(name, img_size), **network.model_kwargs))
+        check_finite(model.state_dict().items())  # whatever they were read from
     check_size(model, network, img_size)
     return model
 
@@ -79,7 +80,7 @@ def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: 
 def label_names(model: Any) -> list[str] | None:
     """The names of a published network's classes, from its config.json or its weights; None where they don't tell."""
     cfg = model.pretrained_cfg
-    names = cfg.get('label_names') or read_metadata(cfg.get('file') or '').get('label_names')
+    names = cfg.get('label_names') or read_settings(cfg.get('file') or '').get('label_names')
     return names if isinstance(names, list) else None
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     if flags.checkpoint:
         if not Path(flags.checkpoint).is_file():
             raise UserError(f'--checkpoint {flags.checkpoint} is no file')
-        metadata = read_metadata(flags.checkpoint)
+        metadata = read_settings(flags.checkpoint)
         names = metadata.pop('label_names', None)
         for key, value in metadata.items():
             if getattr(flags, key) is None:
@@ -125,6 +126,8 @@ def main() -> None:
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not flags.checkpoint)
     batches = make_batches(loaded, images, cfg, accelerator, channels=network.channels)
     metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, bool(network.amp)))
+    if not math.isfinite(metrics['loss']):
+        raise UserError(f'the outputs of {flags.checkpoint or flags.model} are not finite on {split.where}')
     row = dict(
         model=flags.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
         top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),

@@ -31,6 +31,7 @@ from .weight_files import checksum
 FILE = 'model.safetensors'
 TIMEOUT_SECONDS = 1.5  # of the quick question; the client asks twice
 SILENCE_SECONDS = 40.  # in a download; a slow one goes on
+RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that pass
 WAITS = (1, 2, 4, 8)  # seconds before the Hub is asked again
 PATIENCE_SECONDS = 30.  # until it isn't asked any more
 LONGEST_WAIT = 310.  # seconds that the Hub may ask for; its limits of rate are for five minutes
@@ -96,7 +97,7 @@ def patiently(call: Callable[[], Result]) -> Result:
             return call()
         except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the threads of an upload
             answer = _answer_to(error)
-            if wait is None or answer is None or answer.status_code not in (408, 429, 500, 502, 503, 504):
+            if wait is None or answer is None or answer.status_code not in RETRIED:
                 raise
             named = answer.headers.get('Retry-After', '')
             seconds = int(named) if named.isdigit() else wait

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +18,44 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from harness.errors import RankError, UserError
+from harness.hub_client import limit_time
+from timm_sd.download import hide_password
 
 Settings = TypeVar('Settings')
 Number = TypeVar('Number', int, float)
+_MAIN = os.getpid()
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: what is open is closed, as on SIGINT."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    if os.getpid() != _MAIN:  # a worker, which was started with our handler
+        os.kill(os.getpid(), number)
+    raise _Terminated
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    """Runs a script's `main`. A `UserError`, SIGINT and SIGTERM become one line on stderr and status 2, 130 and 143."""
+    def end(text: str, status: int, every_rank: bool = False) -> NoReturn:
+        if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f'{Path(sys.argv[0]).name}: {hide_password(text)}', file=sys.stderr, flush=True)
+        sys.exit(status)
+
+    limit_time()
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except UserError as error:
-        if isinstance(error, RankError) or os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
-        sys.exit(2)
+        end(f'error: {error}', 2, isinstance(error, RankError))
+    except KeyboardInterrupt:
+        end('stopped by SIGINT', 130)
+    except _Terminated:
+        end('stopped by SIGTERM', 143)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- types of values

@@ -30,6 +30,6 @@ def user_errors(what: str) -> Iterator[None]:
     """Turns what timm raises on a wrong value into a `UserError` that begins with `what`."""
     try:
         yield
-    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError, RuntimeError, OSError,
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, OSError,
             SafetensorError) as error:
         raise UserError(f'{what}: {one_line(error)}') from error

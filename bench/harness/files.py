@@ -3,9 +3,10 @@ import csv
 import io
 import json
 import os
+import shutil
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,30 @@ def write_atomic(path: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise UserError(f'{path} can not be written ({error.strerror}); what was saved before is good') from error
+
+
+@contextmanager
+def folder_in_one_piece(path: Path) -> Iterator[Path]:
+    """Within it a folder is filled that becomes `path` at the end, by one rename; after an error nothing has changed.
+
+    Raises:
+        UserError: If the folder can't be written, or an old one has a file that the new one doesn't have.
+    """
+    new, old = (path.with_name(f'.{path.name}-{os.getpid()}.{name}') for name in ('new', 'old'))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.exists():
+            foreign = {file.name for file in path.iterdir()} - {file.name for file in new.iterdir()}
+            if foreign:
+                raise UserError(f'{path} would be replaced, and holds {min(foreign)}, which is not of it; move it away')
+            path.rename(old)
+        new.rename(path)
+    except OSError as error:
+        raise UserError(f'{path} can not be written ({error.strerror})') from error
+    finally:
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_folder(path: Path, flag: str) -> None:

@@ -1,19 +1,21 @@
 """The network that the flags name, with stochastic depth added where it is one of timm's own."""
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import load_model_config_from_hf, parse_model_name
+from timm.models import parse_model_name
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_sd
 from harness.cli import KEY_VALUES, drop_rate, flag
 from harness.errors import UserError, nearest, user_errors
+from timm_sd.download import FILE, download
 from timm_sd.probe import drop_path_slots
+from timm_sd.weight_files import check_weights
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,39 @@ class DepthSettings:
     torchcompile_mode: str | None = flag(None, 'of torch.compile, such as reduce-overhead (CUDA graphs)')
 
 
+def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments by which `timm.create_model` loads local files alone, which were checked.
+
+    timm by itself asks a silent Hub for minutes, compares no checksum, and builds what config.json asks for.
+
+    Args:
+        name: Such as 'resnet18', 'hf-hub:ORG/NAME@REVISION' or 'local-dir:FOLDER'.
+        pretrained: With weights, which are downloaded if need be.
+
+    Raises:
+        OSError: If a file can't be had from the Hub.
+        WeightsError: If the weights can't be used.
+    """
+    source, place = parse_model_name(name)
+    if source == 'hf-hub':
+        folder = Path(download(name, place, file='config.json')).parent
+        if pretrained:
+            download(name, f'{place.partition("@")[0]}@{folder.name}')  # of the same commit: into the same folder
+        source, place = 'local-dir', str(folder)
+    if source:
+        weights = Path(place, FILE)
+        if pretrained and weights.exists():
+            check_weights(str(weights), load_model_config_from_path(place)[0])
+        return f'{source}:{place}', {}
+    cfg: Any = timm.get_pretrained_cfg(name)
+    ours_or_odd = cfg is None or name.startswith('sd_') or cfg.hf_hub_filename or cfg.custom_load
+    if not pretrained or ours_or_odd or not cfg.hf_hub_id:
+        return name, {}
+    path = download(name, cfg.hf_hub_id)
+    check_weights(path, cfg.to_dict())
+    return name, dict(pretrained_cfg_overlay=dict(file=path))
+
+
 def registered_name(name: str) -> str:
     """The registered name that timm's `name` means; that of a Hub repository or a folder stands in its config.json.
 
@@ -61,14 +96,14 @@ def registered_name(name: str) -> str:
         UserError: If there is none, with the nearest names.
     """
     with user_errors(f'--model {name}'):
-        source, place = parse_model_name(name)
-        if source == 'hf-hub':
-            name = load_model_config_from_hf(place)[1]
-        elif source:
-            name = json.loads(Path(place, 'config.json').read_text())['architecture']
-    if not timm.is_model(name):
-        raise UserError(f'no model {name!r}; nearest: {nearest(name, timm.list_models() + timm.list_models("sd_*"))}')
-    return name
+        source, place = parse_model_name(local_source(name, pretrained=False)[0])
+        found = load_model_config_from_path(place)[1] if source else name
+        if not isinstance(found, str):
+            raise UserError(f'--model {name}: its config.json names no architecture')
+    if not timm.is_model(found):
+        raise UserError(
+            f'no model {found!r}; nearest: {nearest(found, timm.list_models() + timm.list_models("sd_*"))}')
+    return found
 
 
 def size_kwargs(name: str, img_size: int | None) -> dict[str, Any]:
@@ -113,14 +148,14 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
     choices = {key: value for key, value in given.items() if value is not None}
     name = registered_name(network.model)
     is_ours = name.startswith('sd_')  # they take the method as arguments
-    kwargs: dict[str, Any] = {}
-    if is_ours:
-        kwargs = dict({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
-        if depth.drop_path is not None:
-            kwargs['drop_path_rate'] = depth.drop_path
     with user_errors(f'--model {network.model}'):
-        model: Any = timm.create_model(network.model, pretrained=network.pretrained, num_classes=num_classes,
-                                       **kwargs, **dict(size_kwargs(name, img_size), **network.model_kwargs))
+        local, kwargs = local_source(network.model, network.pretrained)
+        if is_ours:
+            kwargs.update({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
+            if depth.drop_path is not None:
+                kwargs['drop_path_rate'] = depth.drop_path
+        model: Any = timm.create_model(local, pretrained=network.pretrained, num_classes=num_classes, **kwargs,
+                                       **dict(size_kwargs(name, img_size), **network.model_kwargs))
         check_size(model, network, img_size)
         if not is_ours and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)

@@ -1,15 +1,10 @@
 """What is made public of a run: its card with what it is made from, and a whole Hub repository."""
 import json
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import httpx
 from timm.models import save_for_hf
 
 import timm_sd
@@ -24,37 +19,29 @@ from harness.card import (
     method_of,
     plain_kwargs,
 )
-from harness.cli import flag
-from harness.errors import UserError, one_line
+from harness.errors import UserError
 from harness.files import write_atomic, write_json
 from harness.network import registered_name
-from harness.plots import save_gates
+from harness.plots import save_curves, save_gates
 from harness.results import without_paths
 from harness.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class UploadSettings:
-    """Upload."""
-    private: bool = flag(False, 'create the repository as a private one')
-    revision: str | None = flag(None, 'branch to commit to')
-    create_pr: bool = flag(False, 'open a pull request')
 
 
 def read_run(run_folder: Path) -> dict[str, Any]:
     """The results of a finished run that may be made public.
 
     Raises:
-        UserError: If it isn't finished and whole, doesn't say what its data was, or was not trained with whole blocks
-            dropped.
+        UserError: If it isn't finished and whole, holds files of two runs, doesn't say what its data was, or was not
+            trained with whole blocks dropped.
     """
-    run = RunFolder(run_folder).read_run()
-    if run is None:
+    run = RunFolder(run_folder)
+    read = run.read_run()
+    if read is None:
         raise UserError(f'{run_folder} is no finished run: it has no results.json')
-    results, _ = run
-    for name in ('model.safetensors', 'curves.png'):
-        if not (run_folder / name).is_file():
-            raise UserError(f'{run_folder} is no whole run: it has no {name}')
+    results, _ = read
+    if not (run_folder / 'model.safetensors').is_file():
+        raise UserError(f'{run_folder} is no whole run: it has no model.safetensors')
+    run.check_weights(results)
     if 'data' not in results:
         raise UserError(f'{run_folder} does not say what its data was: an older version wrote it, which guessed; '
                         'train it again')
@@ -77,8 +64,8 @@ def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Com
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / 'results.json', results)
-    for file in ('summary.csv', 'curves.png'):
-        write_atomic(folder / file, (run_folder / file).read_bytes())
+    write_atomic(folder / 'summary.csv', (run_folder / 'summary.csv').read_bytes())
+    save_curves(RunFolder(run_folder).read_summary(), results, folder / 'curves.png')
     _, schedule, _ = method_of(results)
     save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png')
     write_atomic(folder / 'README.md', make_card(results, comparison, repo).encode())
@@ -120,40 +107,3 @@ def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comp
     del config['model_args']['num_classes']  # timm takes that of the top level, and transformers adds it to these
     write_json(folder / 'config.json', config)
     write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
-
-
-def upload(run_folder: Path, results: dict[str, Any], comparison: Comparison, repo: str,
-           settings: UploadSettings) -> str:
-    """Uploads the repository; files that are there already, unchanged, make no commit.
-
-    Args:
-        run_folder: Of the run.
-        results: What `read_run` gave of it.
-        comparison: What the card holds it against.
-        repo: The Hub repository.
-        settings: See `UploadSettings`.
-
-    Returns:
-        How to load it, and its hf_hub_id, a line each.
-
-    Raises:
-        UserError: If the Hub can't be reached, or refuses.
-    """
-    api = HfApi()
-    with tempfile.TemporaryDirectory() as scratch:
-        write_repository(run_folder, results, comparison, Path(scratch), repo)
-        try:
-            # This call fails after 3 s if the Hub does not answer; those that follow have no time limit.
-            with suppress(RepositoryNotFoundError):
-                api.repo_info(repo, timeout=3)
-            api.create_repo(repo, private=settings.private, exist_ok=True)
-            if settings.revision and not settings.create_pr:
-                api.create_branch(repo, branch=settings.revision, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo, folder_path=scratch, revision=settings.revision,
-                                       create_pr=settings.create_pr, commit_message='Weights, card and results')
-        except (httpx.HTTPError, HFValidationError, OSError) as error:
-            raise UserError(f'--repo {repo} can not be published: {one_line(error)}; log in with hf auth login, or set '
-                            'HF_TOKEN') from error
-    revision = f'@{commit.oid}' if settings.create_pr else f'@{settings.revision}' if settings.revision else ''
-    return (f"load it: timm.create_model('hf-hub:{repo}{revision}', pretrained=True)\n"
-            f'hf_hub_id: {repo}@{commit.oid}')

@@ -1,4 +1,5 @@
 """The end of a run: its weights are tested, and the run folder gets what others read of it."""
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from harness.run_folder import RunFolder
 from harness.training import Trainer
 
 
-def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run for others to see: without the paths of this machine."""
+def public_flags(flags: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run for others to see: without the paths of this machine.
+
+    Args:
+        flags: Of the run.
+        data: Where its data came from, as results.json says it. data/pets may be a folder or a name on the Hub.
+    """
     public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
-    if flags['dataset'] and not is_public(flags['dataset']):
-        public['dataset'] = Path(flags['dataset']).name
+    if flags['dataset'] and ('folder' in data and not flags['data_dir'] or not is_public(flags['dataset'])):
+        public['dataset'] = Path(os.path.abspath(flags['dataset'])).name
     if flags['model'].startswith('local-dir:'):
         public['model'] = f'local-dir:{Path(flags["model"]).name}'
     return public
@@ -26,7 +32,9 @@ def public_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 def without_paths(results: dict[str, Any]) -> dict[str, Any]:
     """results.json for others to see."""
-    return dict(results, args=public_flags(results['args']))
+    public = public_flags(results['args'], results.get('data', {}))
+    changed = {key: public[key] for key in results['changed_from_recipe'] if key in public}
+    return dict(results, args=public, changed_from_recipe=changed)
 
 
 def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:
@@ -37,7 +45,7 @@ def last_drop_rate(trainer: Trainer, flags: TrainFlags) -> float:
 def origin(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     """Where the weights come from: network, recipe, data."""
     name, record = flags.network.model, trainer.data.record
-    public = public_flags(flags.record)  # the weights tell it too, and they go everywhere
+    public = public_flags(flags.record, record['data'])  # the weights tell it too, and they go everywhere
     return dict(
         model=registered_name(name) if name.startswith('local-dir:') else name, recipe=public['config'],
         changed_from_recipe={key: public[key] for key in changed_from_recipe(flags.record)},
@@ -88,7 +96,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         hardware=place, versions=versions(), args=flags.record)
     if trainer.accelerator.is_main_process:
         folder.write_summary(progress.rows)
-        folder.write_weights(weights, dict(
+        results['weights_sha256'] = folder.write_weights(weights, dict(
             given, label_names=trainer.data.class_names, model_kwargs=flags.network.model_kwargs,
             in_memory=flags.images.in_memory, img_size=flags.images.img_size, mean=flags.images.mean,
             std=flags.images.std,

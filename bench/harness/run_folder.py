@@ -8,6 +8,7 @@
 """
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import yaml
 
 from harness.errors import UserError, one_line, user_errors
 from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
+from timm_sd.weight_files import check_weights, checksum
 
 # What a run leaves besides args.yaml.
 LEFT_BY_A_RUN = ('checkpoints/*-*', 'results.json', 'summary.csv', 'model.safetensors')
@@ -37,6 +39,20 @@ WRITTEN_ANEW = 'remove results.json and run the same training again with --resum
 def number_in_name(path: Path) -> int:
     """The number in the name of a file in checkpoints/."""
     return int(path.name.partition('-')[2].partition('.')[0])
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What train.py wrote into a safetensors file about its run; empty for files of others."""
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            texts = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        return {}
+    return texts if 'timm_sd' in texts else {}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class RunFolder:
@@ -157,9 +173,36 @@ class RunFolder:
         """Writes summary.csv, with timm's columns."""
         write_csv(self.path / 'summary.csv', rows)
 
-    def write_weights(self, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-        """Writes model.safetensors; metadata that isn't text becomes JSON."""
-        write_atomic(self.path / 'model.safetensors', _as_safetensors(weights, metadata))
+    def write_weights(self, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str:
+        """Writes model.safetensors, and returns its SHA-256; metadata that isn't text becomes JSON."""
+        content = _as_safetensors(weights, metadata)
+        write_atomic(self.path / 'model.safetensors', content)
+        return hashlib.sha256(content).hexdigest()
+
+    def check_weights(self, results: dict[str, Any]) -> None:
+        """Checks that model.safetensors is whole and finite, and of the run that results.json tells.
+
+        Args:
+            results: Its results.json.
+
+        Raises:
+            UserError: If it isn't.
+        """
+        path = self.path / 'model.safetensors'
+        with user_errors(f'{path} can not be used'):
+            check_weights(str(path), {})
+        metadata = read_metadata(path)
+        if not metadata:
+            raise UserError(f'{path} does not say which run it is of; {WRITTEN_ANEW}')
+        said = dict(results, selected_epoch=results['best_epoch'], test_top1_err=results['test_best']['top1_err'],
+                    test_top1_err_last_epoch=results['test_last']['top1_err'])
+        for key in metadata.keys() & said.keys():
+            if metadata[key] != _as_text(said[key]):
+                raise UserError(f'{self.path} holds files of two runs: {key} of model.safetensors is {metadata[key]}, '
+                                f'of results.json {_as_text(said[key])}; {WRITTEN_ANEW}')
+        if results.get('weights_sha256') not in (None, checksum(str(path), like='0' * 64)):  # older runs say none
+            raise UserError(f'{path} has another SHA-256 than results.json says: it is damaged, or of another run; '
+                            f'{WRITTEN_ANEW}')
 
     def save_best(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
         """Keeps the weights of the best epoch so far, numbered, as checkpoints are, by the epochs done."""
@@ -219,7 +262,7 @@ class RunFolder:
 
 def _as_safetensors(weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    texts = {key: _as_text(value) for key, value in metadata.items()}
     return safetensors.torch.save(tensors, dict(texts, format='pt'))
 
 

@@ -1,8 +1,12 @@
-"""A training of half a second, for all that doesn't depend on what is trained."""
+"""Trainings of half a second, for all that doesn't depend on what is trained."""
+import shutil
+
 import pytest
 
 from support.commands import run_here
 from support.data import write_classes
+from support.hub_server import Hub
+from support.published import TRAIN, change
 
 
 @pytest.fixture(scope='session')
@@ -26,3 +30,23 @@ def finished(toy_flags, tmp_path_factory):
     result = run_here('train.py', *toy_flags, '--output', output, '--experiment', 'finished')
     assert result.returncode == 0, result.stderr
     return output / 'finished', result
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """A finished run as train.py leaves it, that says it was trained on CIFAR-10; it was, in fact, on digits."""
+    output = tmp_path_factory.mktemp('output')
+    result = run_here('train.py', '--model', 'sd_resnet20_cifar', '--img-size', '8', *TRAIN, output)
+    assert result.returncode == 0, result.stderr
+    change(output / 'a', dataset='uoft-cs/cifar10')
+    return output / 'a'
+
+
+@pytest.fixture
+def run_folder(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / 'run')
+
+
+@pytest.fixture
+def signed_in(monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', Hub.TOKEN)

@@ -19,8 +19,9 @@ from PIL import Image
 
 from harness.cli import flag
 from harness.data.folders import as_dataset, find_pictures, fingerprint, split_name
-from harness.errors import UserError, one_line
+from harness.errors import UserError, one_line, user_errors
 from harness.launch import from_main_process
+from timm_sd.download import check_token
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -84,8 +85,10 @@ def _ask_hub(name: str, revision: str | None) -> str | None:
     """Asks the Hub one quick question: the commit that a revision of a data set means; None without a quick answer.
 
     Raises:
-        UserError: If the Hub answers that there is no such data set or revision.
+        UserError: If the Hub answers that there is no such data set or revision, or the token can be none.
     """
+    with user_errors(f'data set {name!r}'):
+        check_token()
     try:
         return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=3).sha
     except RevisionNotFoundError as error:

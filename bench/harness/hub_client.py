@@ -1,0 +1,31 @@
+"""A time limit for each question of a script to the Hub: huggingface_hub asks most of them without one."""
+from typing import Any
+
+from huggingface_hub import set_client_factory
+from huggingface_hub.utils import get_session, httpx
+from huggingface_hub.utils.logging import set_verbosity_error
+
+ANSWER_SECONDS = 25.  # from the last byte that went or came
+
+
+class LimitedClient(httpx.Client):
+    """A client whose questions end in a ConnectionError where no answer comes.
+
+    A TimeoutException of httpx's would not do: huggingface_hub asks up to five times more on each.
+    """
+
+    def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
+        given = request.extensions.get('timeout', {})
+        request.extensions['timeout'] = {what: min(given.get(what) or ANSWER_SECONDS, ANSWER_SECONDS)
+                                         for what in ('connect', 'read', 'write', 'pool')}
+        try:
+            return super().send(request, **kwargs)
+        except httpx.TimeoutException as error:
+            raise ConnectionError(f'no answer from {request.url.host}') from error
+
+
+def limit_time() -> None:
+    """Makes it the client of this process, and leaves what there is to say of it to the one line of an error."""
+    hooks = get_session().event_hooks
+    set_client_factory(lambda: LimitedClient(event_hooks=hooks, follow_redirects=True))
+    set_verbosity_error()
