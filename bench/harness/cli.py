@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
+from tqdm import tqdm
 
 from harness.errors import RankError, UserError
 from harness.hub_client import limit_time
@@ -40,6 +41,8 @@ def _terminate(number: int, frame: Any) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`. A `UserError`, SIGINT and SIGTERM become one line on stderr and status 2, 130 and 143."""
     def end(text: str, status: int, every_rank: bool = False) -> NoReturn:
+        for bar in list(getattr(tqdm, '_instances', ())):  # else the line would begin behind one
+            bar.close()
         if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'{Path(sys.argv[0]).name}: {hide_password(text)}', file=sys.stderr, flush=True)
         sys.exit(status)

@@ -222,7 +222,7 @@ def test_a_bundled_run_is_weights_in_the_package_and_a_card(run_folder, tmp_path
 
 def test_without_a_token_nothing_is_published(hub, run_folder):
     said = refused('publish.py', run_folder, '--repo', 'our/new')
-    assert '--repo our/new can not be published: the Hub answers 401; log in with hf auth login, or set HF_TOKEN' in said
+    assert 'our/new can not be published: the Hub answers 401; log in with hf auth login, or set HF_TOKEN' in said
     assert not hub.repos
 
 
