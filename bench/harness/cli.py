@@ -24,22 +24,19 @@ from timm_sd.download import hide_password
 
 Settings = TypeVar('Settings')
 Number = TypeVar('Number', int, float)
-_MAIN = os.getpid()
-
-
-class _Terminated(BaseException):
-    """SIGTERM came: what is open is closed, as on SIGINT."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-    if os.getpid() != _MAIN:  # a worker, which was started with our handler
-        os.kill(os.getpid(), number)
-    raise _Terminated
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`. A `UserError`, SIGINT and SIGTERM become one line on stderr and status 2, 130 and 143."""
+    main_process, came = os.getpid(), []
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if os.getpid() != main_process:  # a worker, which was started with our handler
+            os.kill(os.getpid(), number)
+        came.append(signal.Signals(number))
+        raise KeyboardInterrupt  # what is open is closed
+
     def end(text: str, status: int, every_rank: bool = False) -> NoReturn:
         for bar in list(getattr(tqdm, '_instances', ())):  # else the line would begin behind one
             bar.close()
@@ -48,17 +45,20 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(status)
 
     limit_time()
-    before = signal.signal(signal.SIGTERM, _terminate)
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM)
+             if signal.getsignal(number) != signal.SIG_IGN]  # as in the background of a shell
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         main()
-    except UserError as error:
-        end(f'error: {error}', 2, isinstance(error, RankError))
-    except KeyboardInterrupt:
-        end('stopped by SIGINT', 130)
-    except _Terminated:
-        end('stopped by SIGTERM', 143)
+    except BaseException as error:
+        if came:  # whatever libraries made of the interruption
+            end(f'stopped by {came[0].name}', 128 + came[0])
+        if isinstance(error, UserError):
+            end(f'error: {error}', 2, isinstance(error, RankError))
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- types of values

@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +207,25 @@ def make_executor(settings: RunSettings) -> tuple[Any, int | None]:
     return executor, None
 
 
+class Children:
+    """Trainings in processes of their own, none of which outlives this one."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[Any]] = []
+
+    def run(self, line: list[str], **kwargs: Any) -> None:
+        """`subprocess.run` with check=True."""
+        with subprocess.Popen(line, **kwargs) as process:
+            self.processes.append(process)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, line)
+
+    def stop(self) -> None:
+        """Ends those that go on; each has its checkpoint."""
+        for process in self.processes:
+            process.terminate()
+
+
 def failure_reason(error: Exception, log: str | None) -> str:
     """Why a run failed, in one line: train.py's error, else the last line of its log, else the executor's error."""
     lines = [line for line in (log or '').splitlines() if line.strip()]
@@ -237,15 +257,17 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
         logs = {run: run.output / f'{run.name}.log' for run in left}
     jobs: dict[Run, Any] = {}
     failed: list[str] = []
+    children = Children()
+    start = partial(subprocess.run, check=True) if settings.cluster else children.run
     with ExitStack() as stack:
+        stack.callback(children.stop)
         try:
             for run in left:
                 # Into files: a pipe would end a training when this process ends.
                 stderr = stack.enter_context(logs[run].open('w')) if logs else None
                 line = run.command(data, threads, settings)
                 with user_errors(f'--cluster {settings.cluster}'):  # submitit's: no such partition
-                    jobs[run] = executor.submit(
-                        subprocess.run, line, check=True, stdout=subprocess.DEVNULL, stderr=stderr)
+                    jobs[run] = executor.submit(start, line, stdout=subprocess.DEVNULL, stderr=stderr)
             for run, job in tqdm(jobs.items(), unit='run', desc=f'{len(runs) - len(left)} of {len(runs)} done before'):
                 try:
                     job.result()

@@ -18,7 +18,7 @@ from publish import compare
 from support.commands import bench, command, read_results, refused, run_here, weights
 from support.hub_server import Hub
 from support.published import FILES, change, head, to_hub
-from support.waiting import wait_until
+from support.waiting import hear_sigint, wait_until
 
 REPO = 'our/sd'
 
@@ -354,7 +354,8 @@ def test_a_signal_ends_it_in_one_line(hub, signed_in, run_folder, scratch, numbe
     hub.repo(REPO).commit({'.gitattributes': b''})
     hub.fail('silent', phase)
     with subprocess.Popen(command('publish.py', run_folder, '--repo', REPO), stderr=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as process:
+                          stdout=subprocess.PIPE, text=True,
+                          preexec_fn=hear_sigint) as process:
         try:
             wait_until(lambda: any(re.search(phase, request) for request in hub.requests), process=process)
             assert phase.startswith('GET') or list(Path(scratch).iterdir())

@@ -1,4 +1,5 @@
 """Waiting for a condition, with a deadline."""
+import signal
 import time
 
 
@@ -15,3 +16,8 @@ def wait_until(condition, seconds=120, process=None):
         assert process is None or process.poll() is None, f'{process.args} ended with status {process.returncode}'
         assert time.monotonic() < deadline, f'nothing came of it within {seconds} s'
         time.sleep(0.02)
+
+
+def hear_sigint():
+    """In a new process: SIGINT is not ignored, as a shell has it for what it runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
