@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ def run_script(main: Callable[[], None]) -> None:
         if os.getpid() != main_process:  # a worker, which was started with our handler
             os.kill(os.getpid(), number)
         came.append(signal.Signals(number))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise at the end of a worker
+        for worker in multiprocessing.active_children():
+            worker.kill()  # else it may wait for us, or complain
         raise KeyboardInterrupt  # what is open is closed
 
     def end(text: str, status: int, every_rank: bool = False) -> NoReturn:
