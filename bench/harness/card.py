@@ -90,8 +90,13 @@ def channels_of(results: dict[str, Any]) -> int:
 def as_text(value: Any) -> str:
     """A value as text of a Markdown document, in one line: what a user named can be no heading, table row or HTML."""
     text = ' '.join(str(value).split())
-    # an underscore within a word is one, as in cifar10_weights
-    return re.sub(r'[\\`*\[\]<>|~&!#]|(?<!\w)_|_(?!\w)', r'\\\g<0>', text)
+    # an underscore between two letters or digits is one, as in cifar10_weights
+    return re.sub(r'[\\`*\[\]<>|~&!#]|(?<![^\W_])_|_(?![^\W_])', r'\\\g<0>', text)
+
+
+def as_code(value: str) -> str:
+    """A value as it may stand between two backticks."""
+    return ' '.join(value.split()).replace('`', "'")
 
 
 def _texts(value: Any) -> Any:
@@ -121,8 +126,9 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
             dataset_split=results.get('test_split', results['args']['test_split']), metric_type='accuracy',
             metric_value=round(100 - results['test_best']['top1_err'], 2), metric_name='Top-1 accuracy (%)')])
     return str(ModelCard.from_template(
-        data, template_path=str(CARDS / 'template.md'), name=name, source=f'hf-hub:{repo}' if repo else name,
-        r=_texts(results), dataset=as_text(dataset), hub_dataset=hub_dataset, classes=classes, size=size, repo=repo,
+        data, template_path=str(CARDS / 'template.md'), name=as_text(name), source=f'hf-hub:{repo}' if repo else name,
+        r=_texts(results), recipe=as_code(results['recipe']), dataset=as_text(dataset), hub_dataset=hub_dataset,
+        classes=classes, size=size, repo=repo,
         **dict(comparison._asdict(), changed={key: as_text(value) for key, value in comparison.changed.items()}),
         is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, channels_of(results), size, size))),

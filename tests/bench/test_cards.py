@@ -8,9 +8,10 @@ import sys
 import pytest
 import safetensors
 import timm
+from markdown_it import MarkdownIt
 
 import publish
-from harness.card import architecture, full_name, make_card
+from harness.card import architecture, as_text, full_name, make_card
 from publish import CARDS, PRETRAINED, TIMING, compare
 from support.commands import ROOT, bench, run_here
 from support.markdown import sections, snippets, tables
@@ -218,6 +219,45 @@ def test_nothing_was_selected_where_the_test_images_are_the_validation_images():
     card = make_card(results, compare(results))
     assert 'The last epoch counts' in card
     assert 'selected by them' not in card
+
+
+# --- what users named
+
+
+def parsed(card):
+    """The kinds of what a Markdown parser finds behind the front matter, and its text outside of code."""
+    tokens = MarkdownIt('commonmark').enable(['table', 'strikethrough']).parse(card.split('---\n', 2)[2])
+    inline = [child for token in tokens for child in token.children or []]
+    kinds = [token.type for token in (*tokens, *inline) if token.type not in ('text', 'text_special', 'softbreak')]
+    return kinds, ' '.join(token.content for token in inline if token.type.startswith('text'))
+
+
+ODD = ['# big', 'a | b | c', '<b onclick="x">y</b>', 'x\n\n# big\n\n| a | b |\n|---|---|\n| 1 | 2 |\n', '[x](http://a.b)',
+       '![x](http://a.b/c.png)', '`x`', '*x*', '_x_', '**x**', '~~x~~', '&lt;x&gt;', '<!--', '\\', 'x\\|y', '```\nx']
+
+
+def kinds_with(name):
+    results = made_up(model='sd_resnet56_cifar', dataset=name, config=f'/elsewhere/{name.replace("/", "")}.yaml')
+    results.update(dataset=name, test_split=name, data=dict(folder=name))
+    results['args'].update(opt=name, sched=name, drop_path_schedule='linear')
+    results['hardware'].update(device=name)
+    comparison = compare(results)._replace(changed=dict(experiment=name, model_kwargs={'a': name}))
+    return parsed(make_card(results, comparison))
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_what_users_named_is_text(name):
+    kinds, text = kinds_with(name)
+    plain, _ = kinds_with('plain')
+    assert kinds == plain
+    words = ' '.join(name.split())
+    assert words in ' '.join(text.split())
+
+
+def test_usual_names_are_as_they_are():
+    for name in ('cifar10_weights', 'Intel(R) Xeon(R) Processor, 2 cores', 'uoft-cs/cifar10', '0.5', "a 'b'"):
+        assert as_text(name) == name
+    assert as_text(0.5) == '0.5'
 
 
 # --- snippets

@@ -55,6 +55,23 @@ def test_no_path_of_this_machine_is_published(hub, signed_in, run_folder):
     assert json.loads(files['results.json'])['args']['output'] is None
 
 
+@pytest.mark.parametrize('place', ['secret/pets', './secret/pets', '{cwd}/secret/pets', 'secret/../secret/pets/'])
+def test_a_folder_given_as_a_data_set_is_its_last_name(hub, signed_in, toy_folder, tmp_path, monkeypatch, place):
+    """Also where it could be the name of one on the Hub."""
+    shutil.copytree(toy_folder, tmp_path / 'secret' / 'pets')
+    monkeypatch.chdir(tmp_path)
+    result = run_here('train.py', '--model', 'sd_resnet20_cifar', '--img-size', '8', '--val-per-class', '3',
+                      '--dataset', place.format(cwd=tmp_path), *TRAIN, tmp_path / 'output')
+    assert result.returncode == 0, result.stderr
+    to_hub(tmp_path / 'output' / 'a', '--repo', 'our/pets')
+    files = head(hub.repos['models', 'our/pets'])
+    assert not [name for name, content in files.items() if b'secret' in content]
+    results = json.loads(files['results.json'])
+    assert (results['dataset'], results['args']['dataset']) == ('pets', 'pets')
+    assert results['changed_from_recipe']['dataset'] == 'pets'
+    assert '- **Data set:** pets, a local folder' in files['README.md'].decode()
+
+
 def test_publishing_again_changes_nothing(hub, signed_in, run_folder):
     to_hub(run_folder, '--repo', 'our/sd')
     repo = hub.repos['models', 'our/sd']
