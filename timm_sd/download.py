@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx, tqdm
+from huggingface_hub.utils import httpx, parse_ratelimit_headers, tqdm
 
 from .weight_files import checksum
 
@@ -35,7 +35,6 @@ RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that pass
 WAITS = (1, 2, 4, 8)  # seconds before the Hub is asked again
 PATIENCE_SECONDS = 30.  # until it isn't asked any more
 LONGEST_WAIT = 310.  # seconds that the Hub may ask for; its limits of rate are for five minutes
-
 
 Result = TypeVar('Result')
 _logger = logging.getLogger(__name__)
@@ -72,6 +71,7 @@ def check_token() -> None:
 for _handler in logging.getLogger('huggingface_hub').handlers:
     _handler.addFilter(_hide_in_record)
 
+
 # --- asking the Hub
 
 
@@ -89,6 +89,15 @@ def status_of(error: BaseException) -> int | None:
     return None if answer is None else answer.status_code
 
 
+def _named_seconds(answer: Any) -> int | None:
+    """After how many seconds the Hub wants to be asked again; None where it names none."""
+    limit = parse_ratelimit_headers(answer.headers)
+    if answer.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    named = answer.headers.get('Retry-After', '')
+    return int(named) if named.isdigit() else None
+
+
 def patiently(call: Callable[[], Result]) -> Result:
     """What `call` gives. While the Hub answers 408, 429 or 5xx it is asked again, after the time that it names."""
     begin = time.monotonic()
@@ -99,9 +108,9 @@ def patiently(call: Callable[[], Result]) -> Result:
             answer = _answer_to(error)
             if wait is None or answer is None or answer.status_code not in RETRIED:
                 raise
-            named = answer.headers.get('Retry-After', '')
-            seconds = int(named) if named.isdigit() else wait
-            if seconds > LONGEST_WAIT or not named and time.monotonic() - begin + seconds > PATIENCE_SECONDS:
+            named = _named_seconds(answer)
+            seconds = wait if named is None else named
+            if seconds > LONGEST_WAIT or named is None and time.monotonic() - begin + seconds > PATIENCE_SECONDS:
                 raise
             _logger.warning('the Hub answers %d, and is asked again in %d s', answer.status_code, seconds)
         time.sleep(seconds)

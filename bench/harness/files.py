@@ -68,8 +68,9 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
     Raises:
         UserError: If the folder can't be written, or an old one has a file that the new one doesn't have.
     """
-    new, old = (path.with_name(f'.{path.name}-{os.getpid()}.{name}') for name in ('new', 'old'))
+    new, old = (path.with_name(f'.{path.name}.{name}') for name in ('new', 'old'))
     try:
+        shutil.rmtree(new, ignore_errors=True)  # of a killed process
         new.mkdir(parents=True)
         yield new
         if path.exists():

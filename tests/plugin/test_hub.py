@@ -218,7 +218,8 @@ def test_a_hub_that_fails_is_asked_again_for_a_while(hub, load, waits):
 
 @pytest.mark.parametrize('phase', ['HEAD', 'GET'])
 @pytest.mark.parametrize(('status', 'headers', 'seconds'), [
-    (500, {}, 1), (502, {}, 1), (429, {}, 1), (429, dict(Retry_After='7'), 7), (503, dict(Retry_After='300'), 300)])
+    (500, {}, 1), (502, {}, 1), (429, {}, 1), (429, dict(Retry_After='7'), 7), (503, dict(Retry_After='300'), 300),
+    (429, dict(RateLimit='"api";r=0;t=9'), 9)])
 def test_what_passes_is_waited_for(hub, load, waits, monkeypatch, phase, status, headers, seconds):
     monkeypatch.setattr('huggingface_hub.utils._http.time', types.SimpleNamespace(sleep=waits.append))
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
