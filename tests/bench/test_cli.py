@@ -138,3 +138,13 @@ def test_a_rank_reports_its_own_errors(monkeypatch, capsys):
         with pytest.raises(SystemExit, match='2'):
             run_script(main)
         assert capsys.readouterr().err.count('bad.png is damaged\n') == lines
+
+
+def test_a_password_of_the_hubs_address_is_not_printed(monkeypatch, capsys):
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', 'http://me:tiptop@hub')
+
+    def main():
+        raise UserError('look at http://me:tiptop@hub/our/sd')
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert 'look at http://me:***@hub/our/sd' in capsys.readouterr().err
