@@ -2,12 +2,13 @@
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from huggingface_hub import (
     constants,
@@ -31,6 +32,7 @@ from .weight_files import checksum
 FILE = 'model.safetensors'
 TIMEOUT_SECONDS = 1.5  # of the quick question; the client asks twice
 SILENCE_SECONDS = 40.  # in a download; a slow one goes on
+CHUNK_BYTES = 2 ** 18  # by which its progress bar moves; the client's 10 MB are more than most of our files have
 RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that pass
 WAITS = (1, 2, 4, 8)  # seconds before the Hub is asked again
 PATIENCE_SECONDS = 30.  # until it isn't asked any more
@@ -38,9 +40,6 @@ LONGEST_WAIT = 310.  # seconds that the Hub may ask for; its limits of rate are 
 
 Result = TypeVar('Result')
 _logger = logging.getLogger(__name__)
-
-# A progress bar moves by these. The client's 10 MB are more than most of our files have: a slow one would seem silent.
-constants.DOWNLOAD_CHUNK_SIZE = 2 ** 18
 
 
 class _Refused(OSError):
@@ -51,9 +50,8 @@ class _Refused(OSError):
 
 
 def hide_password(text: str) -> str:
-    """The text without the password that $HF_ENDPOINT may have, and that errors of the client show with it."""
-    password = urlsplit(constants.ENDPOINT).password
-    return text.replace(f':{password}@', ':***@') if password else text
+    """The text without the password of any address in it; $HF_ENDPOINT may have one."""
+    return re.sub(r'(://[^/@\s:]*):[^/@\s]*@', r'\1:***@', text)
 
 
 def _hide_in_record(record: logging.LogRecord) -> bool:
@@ -95,17 +93,17 @@ def _named_seconds(answer: Any) -> int | None:
     if answer.status_code == 429 and limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds
     named = answer.headers.get('Retry-After', '')
-    return int(named) if named.isdigit() else None
+    return int(named) if named.isdecimal() else None
 
 
 def patiently(call: Callable[[], Result]) -> Result:
     """What `call` gives. While the Hub answers 408, 429 or 5xx it is asked again, after the time that it names."""
-    begin = time.monotonic()
-    for wait in (*WAITS, None):
+    begin, waits = time.monotonic(), iter(WAITS)
+    while True:
         try:
             return call()
-        except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the threads of an upload
-            answer = _answer_to(error)
+        except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the client's threads
+            answer, wait = _answer_to(error), next(waits, None)
             if wait is None or answer is None or answer.status_code not in RETRIED:
                 raise
             named = _named_seconds(answer)
@@ -114,22 +112,23 @@ def patiently(call: Callable[[], Result]) -> Result:
                 raise
             _logger.warning('the Hub answers %d, and is asked again in %d s', answer.status_code, seconds)
         time.sleep(seconds)
-    raise AssertionError('the last round returns or raises')
 
 
-def _unless_silent(call: Callable[[type], Result]) -> Result:
+def _unless_silent(call: Callable[[type], Result], blobs: Path) -> Result:
     """What `call` gives; TimeoutError once nothing has come of it for `SILENCE_SECONDS`.
 
     The client alone would go on asking for more than six minutes. A thread that is given up ends when the client does.
 
     Args:
         call: Takes the class of its progress bar.
+        blobs: Where the file grows; where another process downloads it, this one waits.
     """
-    heard, done = [time.monotonic()], queue.SimpleQueue[Any]()
+    done, moved, grown = queue.SimpleQueue[Any](), [0], 0
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
-            heard[0] = time.monotonic()
+            moved[0] += 1
             return super().update(n)
 
     def run() -> None:
@@ -139,11 +138,16 @@ def _unless_silent(call: Callable[[type], Result]) -> Result:
             done.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
+    seen, since = (0, 0), time.monotonic()
     while True:
         try:
             result, error = done.get(timeout=0.1)
         except queue.Empty:
-            if time.monotonic() - heard[0] > SILENCE_SECONDS:
+            with suppress(OSError):  # it was moved meanwhile
+                grown = sum(part.stat().st_size for part in blobs.glob('*.incomplete'))
+            if (moved[0], grown) != seen:
+                seen, since = (moved[0], grown), time.monotonic()
+            elif time.monotonic() - since > SILENCE_SECONDS:
                 raise TimeoutError(f'nothing came for {SILENCE_SECONDS:.0f} s') from None
         else:
             if error is not None:
@@ -167,7 +171,7 @@ def _reason(error: Exception) -> str:
     if status in (401, 403):
         return f'the Hub does not accept the token ({status}): log in with hf auth login, or set HF_TOKEN'
     how = f'answers {status}' if status else f'does not answer as it should ({type(error).__name__})'
-    return f'the Hub {how}; try later, or pass pretrained=False'
+    return f'the Hub {how}; try later'
 
 
 # --- files
@@ -202,13 +206,14 @@ def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = F
     """
     repo, _, given = hub_id.partition('@')
     revision = given or None
+    blobs = Path(cache_dir or constants.HF_HUB_CACHE, f'models--{repo.replace("/", "--")}', 'blobs')
 
     def ask() -> Any:
         return get_hf_file_metadata(hf_hub_url(repo, file, revision=revision), timeout=TIMEOUT_SECONDS)
 
     def fetch(force: bool) -> str:
         return patiently(lambda: _unless_silent(lambda bar: hf_hub_download(
-            repo, file, revision=revision, cache_dir=cache_dir, force_download=force, tqdm_class=bar)))
+            repo, file, revision=revision, cache_dir=cache_dir, force_download=force, tqdm_class=bar), blobs))
 
     try:
         check_token()
@@ -230,5 +235,5 @@ def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = F
             _check_sum(path, etag)
         return path
     except (httpx.HTTPError, OSError, ValueError) as error:
-        cause = error if hide_password(constants.ENDPOINT) == constants.ENDPOINT else None  # its text has the address
+        cause = error if hide_password(constants.ENDPOINT) == constants.ENDPOINT else None  # the address is in its text
         raise OSError(f'{name}: no {file} of {hub_id} from the Hub: {_reason(error)}') from cause

@@ -5,10 +5,12 @@ for 46 seconds to 13 minutes, names neither model nor file when it gives up, tru
 load a pickle where there is no safetensors file.
 
 `timm.create_model('hf-hub:ORG/NAME')` of a network that this package registers goes the same way, but for its
-config.json, which timm loads by itself before it asks us. timm's own networks are timm's alone, also by that name.
+config.json. That one timm loads by itself before it asks us, compares with no checksum, and waits for minutes where a
+Hub is silent. timm's own networks are timm's alone, also by that name.
 """
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -16,7 +18,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from .download import FILE, download
-from .weight_files import WeightsError, check_weights
+from .weight_files import WeightsError, check_weights, stored_cfg
 
 
 def _full_name(cfg: Any) -> str:
@@ -64,13 +66,18 @@ def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwarg
         return build_model_with_cfg(model_cls, name, False, **kwargs)
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     cfg: Any = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
-    if cfg.state_dict or (cfg.url and not cfg.hf_hub_id and not cfg.file):  # timm's own
+    by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, which may name other sources in vain
+    if not by_config and (cfg.state_dict or (cfg.url and not cfg.hf_hub_id and not cfg.file)):  # timm's own
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     path = find(cfg, kwargs.get('cache_dir'))
     try:
         if path.endswith('.safetensors'):
-            check_weights(path, dataclasses.asdict(cfg))
-        overlay = dict(overlay, file=path, source='timm', custom_load=False)
+            said = dataclasses.asdict(cfg)
+            config = Path(path).with_name('config.json')
+            if by_config and config.exists():
+                said = stored_cfg(config, dataclasses.asdict(resolve_pretrained_cfg(name)))
+            check_weights(path, said)
+        overlay = dict(overlay, file=path, source='timm', state_dict=None, custom_load=False)
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     except (RuntimeError, KeyError, WeightsError, SafetensorError) as error:
         reason = ' '.join(str(error).split())[:300]

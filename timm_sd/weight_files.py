@@ -3,15 +3,17 @@
 timm asks none of this. It builds whatever config.json asks for, and loads NaN, or the bit patterns of integers.
 """
 import hashlib
+import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-# The buffers that networks keep as integers: batch norm's count, and a Swin's table of positions.
-INTEGERS = ('num_batches_tracked', 'relative_position_index')
+# The buffers that networks keep as integers: batch norm's count, and tables of positions.
+INTEGERS = ('num_batches_tracked', 'index', 'idx', 'idxs')
 
 
 class WeightsError(ValueError):
@@ -39,7 +41,8 @@ def check_weights(path: str, cfg: dict[str, Any]) -> None:
 
     Args:
         path: A safetensors file.
-        cfg: A pretrained_cfg: `classifier` and `first_conv` name layers, `num_classes` and `input_size` their sizes.
+        cfg: A pretrained_cfg: `classifier` and `first_conv` name layers, `num_classes` and `input_size` their sizes. A
+            name that isn't in the file is passed over: timm renames the layers of some old files.
 
     Raises:
         WeightsError: Names the tensor.
@@ -50,14 +53,36 @@ def check_weights(path: str, cfg: dict[str, Any]) -> None:
             shapes = {name: file.get_slice(name).get_shape() for name in names}
             for name in names:
                 dtype = file.get_slice(name).get_dtype()
-                if not dtype.startswith(('F', 'BF')) and name.rpartition('.')[2] not in INTEGERS:
+                if not dtype.startswith(('F', 'BF')) and not name.endswith(INTEGERS):
                     raise WeightsError(f'{name} holds {dtype}, no floating-point numbers')
             _check_shapes(shapes, cfg)
             check_finite((name, file.get_tensor(name)) for name in names)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f'it is no whole safetensors file ({error})') from error
-    except (TypeError, ZeroDivisionError) as error:
-        raise WeightsError(f'num_classes or input_size is no number: {error}') from error
+
+
+def stored_cfg(config_json: Path, registered: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the sizes of its weights, for `check_weights`.
+
+    timm takes num_classes from `model_args` before that of its own cfg, and so discards a classifier without a word.
+
+    Args:
+        config_json: The file.
+        registered: The pretrained_cfg of its architecture, which names the layers.
+
+    Raises:
+        WeightsError: If the file can't be read.
+    """
+    try:
+        config = json.loads(config_json.read_text(encoding='utf-8'))
+        cfg = config.get('pretrained_cfg', config)
+        args = config.get('model_args') or {}
+        classes = {**registered, **cfg, **config, **args}['num_classes']
+        found = dict(registered, label_offset=cfg.get('label_offset'), num_classes=classes)
+        channels = args.get('in_chans', (cfg.get('input_size') or (3,))[0])
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+        raise WeightsError(f'{config_json.name} can not be read ({type(error).__name__}: {error})') from error
+    return dict(found, input_size=(channels,))
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -68,17 +93,20 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def _check_shapes(shapes: dict[str, list[int]], cfg: dict[str, Any]) -> None:
-    classes = (cfg.get('num_classes') or 0) + (cfg.get('label_offset') or 0)
+    if 'num_classes' in cfg:
+        classes, offset = cfg['num_classes'], cfg.get('label_offset') or 0
+        if type(classes) is not int or type(offset) is not int:
+            raise WeightsError(f'num_classes is {classes!r}, label_offset {offset!r}: no numbers of classes')
+        for layer in _names(cfg.get('classifier')):
+            shape = shapes.get(f'{layer}.weight')
+            if shape and shape[0] != classes + offset:
+                raise WeightsError(f'{layer}.weight has {shape[0]} classes, and num_classes is {classes + offset}')
     channels = (cfg.get('input_size') or (3,))[0]
-    for layer in _names(cfg.get('classifier')):
-        shape = shapes.get(f'{layer}.weight')
-        if shape and cfg.get('num_classes') is not None and shape[0] != classes:
-            raise WeightsError(f'{layer}.weight has {shape[0]} classes, and num_classes is {classes}')
     for layer in _names(cfg.get('first_conv')):
         shape = shapes.get(f'{layer}.weight')
         # a multiple where the stem first folds pixels into channels
-        if shape and len(shape) == 4 and shape[1] % channels:
-            raise WeightsError(f'{layer}.weight takes {shape[1]} channels, and in_chans is {channels}')
+        if shape and len(shape) == 4 and (type(channels) is not int or channels < 1 or shape[1] % channels):
+            raise WeightsError(f'{layer}.weight takes {shape[1]} channels, and in_chans is {channels!r}')
 
 
 def _names(layers: Any) -> tuple[str, ...]:

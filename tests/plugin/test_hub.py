@@ -4,6 +4,7 @@ import os
 import re
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import huggingface_hub
@@ -198,7 +199,7 @@ def test_a_silent_hub_is_given_up_and_asked_again_later(hub, load, timeouts, mon
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     hub.fail('silent')
     said = error_of(load, kind=OSError)
-    assert all(word in said for word in ('model.safetensors', 'does not answer', 'pretrained=False')), said
+    assert all(word in said for word in ('model.safetensors', 'does not answer', 'try later')), said
     assert len(hub.requests) <= 2  # the client asks a silent one twice
     assert timeouts == [0.2]
     assert 2 * allowed < 5  # seconds
@@ -267,13 +268,24 @@ def test_a_hub_that_falls_silent_is_given_up(hub, load, monkeypatch, where):
 
 def test_a_slow_download_goes_on_and_shows_it(hub, load, monkeypatch, capfd):
     monkeypatch.setattr(timm_sd.download, 'SILENCE_SECONDS', 1.5)
-    monkeypatch.setattr(huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 2 ** 14)
+    monkeypatch.setattr(timm_sd.download, 'CHUNK_BYTES', 2 ** 14)
     monkeypatch.setenv('TQDM_POSITION', '-1')  # the bar is shown without a terminal too
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     hub.fail('slow', 'GET')  # four seconds
     assert_holds(load(), good_weights())
     shown = {int(percent) for percent in re.findall(r'model.safetensors: +(\d+)%', capfd.readouterr().err)}
     assert len(shown) >= 3
+
+
+def test_who_waits_for_the_download_of_another_process_goes_on(hub, load, monkeypatch, tmp_path):
+    """The client waits for the other one's lock, and its own progress bar rests."""
+    monkeypatch.setattr(timm_sd.download, 'SILENCE_SECONDS', 1.5)
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    hub.fail('slow', 'GET', times=1)  # four seconds
+    with ThreadPoolExecutor() as pool:
+        for model in [pool.submit(load), pool.submit(load)]:
+            assert_holds(model.result(), good_weights())
+    assert len([request for request in hub.requests if request.startswith('GET')]) == 1
 
 
 def test_a_body_that_breaks_off_is_no_file(hub, load, tmp_path):

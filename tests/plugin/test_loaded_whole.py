@@ -153,12 +153,32 @@ def test_weights_that_are_refused(hub, tmp_path, changed, words):
 @pytest.mark.parametrize(('changed', 'words'), [
     (dict(num_classes=2 * 10 ** 7), 'fc.weight has 10 classes, and num_classes is 20000000'),
     (dict(model_args=dict(in_chans=10 ** 6)), 'conv1.weight takes 3 channels, and in_chans is 1000000'),
-    (dict(num_classes='ten'), 'is no number'),
-    (dict(model_args=dict(in_chans=0)), 'is no number'),
+    (dict(num_classes='ten'), "num_classes is 'ten'"),
+    (dict(num_classes=10.), 'num_classes is 10.0'),
+    (dict(num_classes=None), 'num_classes is None'),
+    (dict(model_args=dict(in_chans=0)), 'conv1.weight takes 3 channels, and in_chans is 0'),
+    (dict(model_args=dict(num_classes=4)), 'fc.weight has 10 classes, and num_classes is 4'),  # timm would discard it
+    (dict(num_classes=9, pretrained_cfg=dict(classifier=None, first_conv='layer1')), 'fc.weight has 10 classes'),
+    (dict(pretrained_cfg=dict(num_classes=10, label_offset=1)), 'fc.weight has 10 classes, and num_classes is 11'),
 ], ids=str)
 def test_a_config_that_is_refused(hub, changed, words):
     hub.repo(REPO).commit({'model.safetensors': content(), 'config.json': config(**changed)})
     assert words in refused(f'hf-hub:{REPO}')
+
+
+def test_a_config_names_no_other_source(hub, tmp_path):
+    """timm would take the weights from there, or load them past our checks."""
+    cfg = json.loads(config())['pretrained_cfg']
+    for odd in (dict(state_dict=dict(a=1)), dict(url='http://127.0.0.1:9/a.pth'), dict(hf_hub_filename='a.bin'),
+                dict(file='/nowhere.pth'), dict(custom_load=True)):
+        files = {'model.safetensors': content(fc__bias=NAN), 'config.json': config(pretrained_cfg=dict(cfg, **odd))}
+        hub.repo(REPO).commit(files)
+        for name, blob in files.items():
+            (tmp_path / name).write_bytes(blob)
+        for name in (f'hf-hub:{REPO}', f'local-dir:{tmp_path}'):
+            assert 'fc.bias holds numbers that are not finite' in refused(name)
+        hub.repo(REPO).commit({'model.safetensors': content()})
+        assert torch.equal(load(f'hf-hub:{REPO}').fc.weight, state()['fc.weight'])
 
 
 def test_a_file_that_is_cut_off_is_no_whole_one(tmp_path):
@@ -188,7 +208,8 @@ def test_custom_load_is_for_other_networks(hub):
 
 def test_eight_bits_and_tables_of_positions(tmp_path):
     path = str(tmp_path / 'a.safetensors')
-    tensors = dict(a=torch.ones(3).to(torch.float8_e4m3fn), relative_position_index=torch.arange(4))
+    tensors = dict(a=torch.ones(3).to(torch.float8_e4m3fn), relative_position_index=torch.arange(4),
+                   attention_bias_idxs=torch.arange(4))
     safetensors.torch.save_file(tensors, path)
     check_weights(path, {})
     safetensors.torch.save_file(dict(tensors, a=torch.full((3,), float('nan')).to(torch.float8_e4m3fn)), path)
