@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub.utils import validate_repo_id
 
 import timm_sd
 from harness.card import DATASETS, Comparison, channels_of, classes_and_size, dataset_of, full_name, method_of
 from harness.cli import Parser, add_flags, flag, make_settings, run_script
-from harness.errors import UserError
-from harness.files import folder_in_one_piece, write_atomic
+from harness.errors import UserError, user_errors
+from harness.files import folder_in_one_piece
 from harness.paths import CARDS, RECIPES, RESULTS
 from harness.recipes import changed_by_run, is_packaged, read_recipe
-from harness.repository import read_run, write_card_folder, write_repository
+from harness.repository import copy_weights, read_run, write_card_folder, write_repository
 from harness.upload import UploadSettings, upload
 from paper import numbers
 from timing.contestants import Variant
@@ -91,7 +92,7 @@ def bundle(run_folder: Path) -> None:
     check_stands_for(results, name)
     with folder_in_one_piece(CARDS / name) as folder:
         write_card_folder(run_folder, results, compare(results), folder)
-    write_atomic(PRETRAINED / f'{name}.safetensors', (run_folder / 'model.safetensors').read_bytes())
+        copy_weights(run_folder, results, PRETRAINED / f'{name}.safetensors')
     print(f'bundled {name}: test error {results["test_best"]["top1_err"]} %')
 
 
@@ -102,11 +103,15 @@ def main() -> None:
     add_flags(parser, TargetSettings, UploadSettings)
     args = parser.parse_args()
     run_folder, target = args.run_folder, make_settings(TargetSettings, args)
+    if target.bundle and (target.repo or target.dry_run):
+        raise UserError('--bundle goes into the package, --repo and --dry-run to the Hub; give one of them')
     if target.bundle:
         bundle(run_folder)
         return
     if target.repo is None:
         raise UserError('--repo is not given; give ORG/NAME, or --bundle')
+    with user_errors('--repo'):
+        validate_repo_id(target.repo)
     results = read_run(run_folder)
     comparison = compare(results)
     if target.dry_run:

@@ -67,7 +67,7 @@ def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: 
         local, weights = local_source(network.model, pretrained=not checkpoint)
         if checkpoint and checkpoint.endswith('.safetensors'):
             cfg: Any = timm.get_pretrained_cfg(name)
-            check_weights(checkpoint, dict(cfg.to_dict(), num_classes=num_classes))
+            check_weights(checkpoint, dict(cfg.to_dict(), num_classes=num_classes, input_size=(network.channels,)))
         model: Any = timm.create_model(
             local, pretrained=not checkpoint, checkpoint_path=checkpoint,
             num_classes=num_classes if checkpoint else None, **weights,

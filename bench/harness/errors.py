@@ -20,9 +20,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return ', '.join(difflib.get_close_matches(name, names, n=4, cutoff=0.3) or sorted(names)[:8])
 
 
-def one_line(error: BaseException, length: int = 300) -> str:
-    """The text of an error without its line breaks, or its type where it has no text."""
-    return ' '.join(str(error).split())[:length] or type(error).__name__
+def one_line(error: BaseException | str, length: int = 300) -> str:
+    """The text of an error in one line of printable characters, or its type where it has no text."""
+    text = ''.join(character if character.isprintable() else ' ' for character in str(error))
+    return ' '.join(text.split())[:length] or type(error).__name__
 
 
 @contextmanager

@@ -63,35 +63,39 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextmanager
 def folder_in_one_piece(path: Path) -> Iterator[Path]:
-    """Within it a folder is filled that becomes `path` at the end, by one rename; after an error nothing has changed.
+    """Within it a folder is filled that becomes `path` at the end; after an error the old one is there as it was.
 
     Raises:
-        UserError: If the folder can't be written, or an old one has a file that the new one doesn't have.
+        UserError: If the folder can't be written, or the old one has a file that the new one doesn't have.
     """
     new, old = (path.with_name(f'.{path.name}.{name}') for name in ('new', 'old'))
+    shutil.rmtree(new, ignore_errors=True)  # of a killed process
     try:
-        shutil.rmtree(new, ignore_errors=True)  # of a killed process
-        new.mkdir(parents=True)
+        make_folder(new)
         yield new
-        if path.exists():
-            foreign = {file.name for file in path.iterdir()} - {file.name for file in new.iterdir()}
-            if foreign:
-                raise UserError(f'{path} would be replaced, and holds {min(foreign)}, which is not of it; move it away')
-            path.rename(old)
-        new.rename(path)
-    except OSError as error:
-        raise UserError(f'{path} can not be written ({error.strerror})') from error
+        foreign = {file.name for file in path.glob('*')} - {file.name for file in new.iterdir()}
+        if foreign:
+            raise UserError(f'{path} would be replaced, and holds {min(foreign)}, which is not of it; move it away')
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        except OSError as error:
+            raise UserError(f'{path} can not be written ({error.strerror})') from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         for folder in (new, old):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(path: Path, flag: str) -> None:
+def make_folder(path: Path, flag: str = '') -> None:
     """Makes a folder; UserError that names its flag if it can't."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'{path} can not be written ({error.strerror}); choose another with {flag}') from error
+        choose = f'; choose another with {flag}' if flag else ''
+        raise UserError(f'{path} can not be written ({error.strerror}){choose}') from error
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], way_out: str) -> dict[str, Any]:

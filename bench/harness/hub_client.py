@@ -2,8 +2,10 @@
 from typing import Any
 
 from huggingface_hub import set_client_factory
-from huggingface_hub.utils import get_session, httpx
+from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
 from huggingface_hub.utils.logging import set_verbosity_error
+
+from timm_sd.download import RETRIED
 
 ANSWER_SECONDS = 25.  # from the last byte that went or came
 
@@ -24,8 +26,22 @@ class LimitedClient(httpx.Client):
             raise ConnectionError(f'no answer from {request.url.host}') from error
 
 
-def limit_time() -> None:
+class AskingOnce(LimitedClient):
+    """One whose statuses that pass are for `patiently` alone, which says so, and does not wait for hours.
+
+    huggingface_hub asks again by itself in some phases of an upload, for as long as the Hub wishes.
+    """
+
+    def send(self, request: httpx.Request, **kwargs: Any) -> httpx.Response:
+        answer = super().send(request, **kwargs)
+        if answer.status_code in RETRIED:
+            answer.read()
+            hf_raise_for_status(answer)
+        return answer
+
+
+def limit_time(client: type[httpx.Client] = LimitedClient) -> None:
     """Makes it the client of this process, and leaves what there is to say of it to the one line of an error."""
     hooks = get_session().event_hooks
-    set_client_factory(lambda: LimitedClient(event_hooks=hooks, follow_redirects=True))
+    set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True))
     set_verbosity_error()

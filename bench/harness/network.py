@@ -15,7 +15,7 @@ from harness.cli import KEY_VALUES, drop_rate, flag
 from harness.errors import UserError, nearest, user_errors
 from timm_sd.download import FILE, download
 from timm_sd.probe import drop_path_slots
-from timm_sd.weight_files import check_weights
+from timm_sd.weight_files import check_finite, check_weights, stored_cfg
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,11 @@ def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:
     if source:
         weights = Path(place, FILE)
         if pretrained and weights.exists():
-            check_weights(str(weights), load_model_config_from_path(place)[0])
+            config = Path(place, 'config.json')
+            cfg: Any = timm.get_pretrained_cfg(load_model_config_from_path(place)[1])
+            check_weights(str(weights), stored_cfg(config, cfg.to_dict()))
         return f'{source}:{place}', {}
-    cfg: Any = timm.get_pretrained_cfg(name)
+    cfg = timm.get_pretrained_cfg(name)
     ours_or_odd = cfg is None or name.startswith('sd_') or cfg.hf_hub_filename or cfg.custom_load
     if not pretrained or ours_or_odd or not cfg.hf_hub_id:
         return name, {}
@@ -156,6 +158,8 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
                 kwargs['drop_path_rate'] = depth.drop_path
         model: Any = timm.create_model(local, pretrained=network.pretrained, num_classes=num_classes, **kwargs,
                                        **dict(size_kwargs(name, img_size), **network.model_kwargs))
+        if network.pretrained:
+            check_finite(model.state_dict().items())  # whatever they were read from
         check_size(model, network, img_size)
         if not is_ours and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)

@@ -1,11 +1,11 @@
 """What is made public of a run: its card with what it is made from, and a whole Hub repository."""
+import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf
 
 import timm_sd
 from harness.card import (
@@ -41,14 +41,35 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     results, _ = read
     if not (run_folder / 'model.safetensors').is_file():
         raise UserError(f'{run_folder} is no whole run: it has no model.safetensors')
-    run.check_weights(results)
     if 'data' not in results:
         raise UserError(f'{run_folder} does not say what its data was: an older version wrote it, which guessed; '
                         'train it again')
+    results['weights_sha256'] = run.check_weights(results)
     results['model'] = registered_name(results['model'])  # it may be hf-hub:ORG/NAME
     if results['blocks'] is None or method_of(results)[0] != 'batch':
         raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')
-    return without_paths(results)
+    public = without_paths(results)
+    if public['changed_from_recipe'] != results['changed_from_recipe']:
+        raise UserError(f'{run_folder} has a path of this machine in its weights: an older version wrote it; train it '
+                        'again')
+    return public
+
+
+def copy_weights(run_folder: Path, results: dict[str, Any], target: Path) -> None:
+    """Copies model.safetensors.
+
+    Args:
+        run_folder: Of the run.
+        results: What `read_run` gave of it.
+        target: The copy.
+
+    Raises:
+        UserError: If it is no longer what `read_run` saw.
+    """
+    content = (run_folder / 'model.safetensors').read_bytes()
+    if hashlib.sha256(content).hexdigest() != results['weights_sha256']:
+        raise UserError(f'{run_folder} was written anew meanwhile; run this again')
+    write_atomic(target, content)
 
 
 def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Comparison, folder: Path,
@@ -65,7 +86,8 @@ def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Com
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / 'results.json', results)
     write_atomic(folder / 'summary.csv', (run_folder / 'summary.csv').read_bytes())
-    save_curves(RunFolder(run_folder).read_summary(), results, folder / 'curves.png')
+    _, rows = RunFolder(folder).read_run() or ({}, [])  # of this run, as the copy stands there
+    save_curves(rows, results, folder / 'curves.png')
     _, schedule, _ = method_of(results)
     save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png')
     write_atomic(folder / 'README.md', make_card(results, comparison, repo).encode())
@@ -97,13 +119,13 @@ def write_repository(run_folder: Path, results: dict[str, Any], comparison: Comp
     given = {key: results['args'][key] for key in ('mean', 'std') if results['args'][key]}
     if results['args']['in_memory']:  # images in memory are not cropped
         given.update(crop_pct=1.0, interpolation='bilinear')
-    with tempfile.TemporaryDirectory() as scratch:  # it writes the random weights of `model` too
-        save_for_hf(model, scratch, safe_serialization=True, model_config=dict(
-            labels, **method_config(results), pretrained_cfg=dict(
-                given, tag=name.partition('.')[2], license='apache-2.0', input_size=(channels_of(results), size, size),
-                paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
-                test_input_size=None, test_crop_pct=None)))
-        config = json.loads(Path(scratch, 'config.json').read_text())
+    path = folder / 'config.json'
+    save_config_for_hf(model, str(path), model_config=dict(
+        labels, **method_config(results), pretrained_cfg=dict(
+            given, tag=name.partition('.')[2], license='apache-2.0', input_size=(channels_of(results), size, size),
+            paper_name='Deep Networks with Stochastic Depth', paper_ids='arXiv:1603.09382', origin_url=None,
+            test_input_size=None, test_crop_pct=None)))
+    config = json.loads(path.read_text())
     del config['model_args']['num_classes']  # timm takes that of the top level, and transformers adds it to these
-    write_json(folder / 'config.json', config)
-    write_atomic(folder / 'model.safetensors', (run_folder / 'model.safetensors').read_bytes())
+    write_json(path, config)
+    copy_weights(run_folder, results, folder / 'model.safetensors')

@@ -32,8 +32,9 @@ def public_flags(flags: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 def without_paths(results: dict[str, Any]) -> dict[str, Any]:
     """results.json for others to see."""
-    public = public_flags(results['args'], results.get('data', {}))
-    changed = {key: public[key] for key in results['changed_from_recipe'] if key in public}
+    public, changed = public_flags(results['args'], results.get('data', {})), dict(results['changed_from_recipe'])
+    if 'dataset' in changed:
+        changed['dataset'] = public['dataset']
     return dict(results, args=public, changed_from_recipe=changed)
 
 

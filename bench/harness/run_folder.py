@@ -179,11 +179,14 @@ class RunFolder:
         write_atomic(self.path / 'model.safetensors', content)
         return hashlib.sha256(content).hexdigest()
 
-    def check_weights(self, results: dict[str, Any]) -> None:
+    def check_weights(self, results: dict[str, Any]) -> str:
         """Checks that model.safetensors is whole and finite, and of the run that results.json tells.
 
         Args:
             results: Its results.json.
+
+        Returns:
+            Its SHA-256.
 
         Raises:
             UserError: If it isn't.
@@ -200,9 +203,11 @@ class RunFolder:
             if metadata[key] != _as_text(said[key]):
                 raise UserError(f'{self.path} holds files of two runs: {key} of model.safetensors is {metadata[key]}, '
                                 f'of results.json {_as_text(said[key])}; {WRITTEN_ANEW}')
-        if results.get('weights_sha256') not in (None, checksum(str(path), like='0' * 64)):  # older runs say none
+        found = checksum(str(path), like='0' * 64)
+        if results.get('weights_sha256', found) != found:  # older runs say none
             raise UserError(f'{path} has another SHA-256 than results.json says: it is damaged, or of another run; '
                             f'{WRITTEN_ANEW}')
+        return found
 
     def save_best(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
         """Keeps the weights of the best epoch so far, numbered, as checkpoints are, by the epochs done."""

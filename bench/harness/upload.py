@@ -2,6 +2,7 @@
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,16 +11,18 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 
 from harness.card import Comparison
 from harness.cli import flag
-from harness.errors import UserError, one_line
+from harness.errors import UserError, one_line, user_errors
+from harness.hub_client import AskingOnce, limit_time
 from harness.repository import write_repository
-from timm_sd.download import RETRIED, check_token, download, patiently, status_of
+from timm_sd.download import RETRIED, WAITS, check_token, download, patiently, status_of
 from timm_sd.weight_files import checksum
 
 TITLE = 'Weights, card and results'  # of our commits, by which a file that a person wrote is told from ours
-OTHER_WEIGHTS = ('.bin', '.ckpt', '.h5', '.msgpack', '.onnx', '.pt', '.pth', '.safetensors')
+OTHER_WEIGHTS = ('.bin', '.ckpt', '.gguf', '.h5', '.msgpack', '.npz', '.onnx', '.pkl', '.pt', '.pth', '.safetensors')
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,22 @@ def _told(repo: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of the client, of its threads, of the network, of a server's odd answer
-        cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # a thread's, which names no reason
-            cause = cause.__cause__
-        status = status_of(error)
-        # the client's text of a status has three lines, of which the server's words are one
-        why = f'the Hub answers {status} {getattr(cause, "server_message", None) or ""}'.rstrip() if status \
-            else one_line(cause)
-        if status in (401, 403):
-            why += '; log in with hf auth login, or set HF_TOKEN to a token that may write there'
-        elif status is None and not isinstance(error, ValueError) or status in RETRIED:
-            why += '; try again later'
-        raise UserError(f'--repo {repo} can not be published: {why}') from error
+        raise UserError(f'--repo {repo} can not be published: {_why(error)}') from error
+
+
+def _why(error: BaseException) -> str:
+    """What went wrong, and what to do."""
+    cause, status = error, status_of(error)
+    while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # a thread's, which names no reason
+        cause = cause.__cause__
+    if status is None:
+        later = '; try again later' if isinstance(cause, (httpx.HTTPError, ConnectionError)) else ''
+        return f'{one_line(cause)}{later}'
+    # the client's own text has three lines, of which the server's words are one
+    said = one_line(getattr(cause, 'server_message', None) or '-', 200)
+    advice = '; log in with hf auth login, or set HF_TOKEN to a token that may write there' if status in (401, 403) \
+        else '; try again later' if status in RETRIED else ''
+    return f'the Hub answers {status} {said.strip("-")}'.rstrip() + advice
 
 
 def _open(api: HfApi, repo: str, settings: UploadSettings) -> str:
@@ -59,6 +66,8 @@ def _open(api: HfApi, repo: str, settings: UploadSettings) -> str:
     Raises:
         UserError: If the repository is public, and --private is given.
     """
+    if settings.create_pr and settings.revision not in (None, 'main'):
+        raise UserError(f'--create-pr opens a pull request to main, and --revision is {settings.revision}; give one')
     try:
         # This question ends after 3 s, so a Hub that does not answer is told soon.
         info = patiently(lambda: api.repo_info(repo, timeout=3))
@@ -89,54 +98,67 @@ def _is_there(file: Path, there: dict[str, Any]) -> bool:
     return known is not None and checksum(str(file), known['checksum']) == known['checksum']
 
 
-def _validation_error(repo: str, revision: str) -> float | None:
-    """That of the run whose results are there; None where they tell none."""
+def _run_there(repo: str, revision: str) -> dict[str, Any]:
+    """The results of the run that is there; empty where they tell none."""
     try:
         results = json.loads(Path(download(repo, f'{repo}@{revision}', file='results.json')).read_text())
-        return float(results['val_top1_err'])
-    except (ValueError, LookupError, TypeError):
-        return None
+        return {key: results[key] for key in ('model', 'dataset', 'val_top1_err')}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
-def _plan(folder: Path, there: dict[str, Any], error_there: float | None, error: float,
+def _compare_runs(there: dict[str, Any], ours: dict[str, Any], asked: bool) -> str:
+    """What is said of the run that ours replaces.
+
+    Raises:
+        UserError: If it is better by its validation error, or of another network or data set, and nobody asked for it.
+    """
+    theirs = f'{there["model"]} on {there["dataset"]}, validation error {there["val_top1_err"]} %'
+    this_one = f'this one has {ours["val_top1_err"]} %'
+    same = all(there[key].partition(mark)[0] == ours[key].partition(mark)[0] for key, mark in
+               (('model', '.'), ('dataset', '@')))
+    if not asked and (not same or there['val_top1_err'] < ours['val_top1_err']):
+        raise UserError(f'{"a better run" if same else "another run"} is there, {theirs}; {this_one}: give --overwrite '
+                        'to replace it, or --create-pr')
+    return f'replaces {theirs}; {this_one}'
+
+
+def _plan(folder: Path, there: dict[str, Any], run_there: dict[str, Any], results: dict[str, Any],
           settings: UploadSettings) -> tuple[list[Path], list[str], list[str]]:
     """What a commit does.
 
     Args:
         folder: What would be published.
         there: The files that are there.
-        error_there: The validation error of the run that is there.
-        error: That of ours.
+        run_there: See `_run_there`.
+        results: Of our run.
         settings: Flags.
 
     Returns:
         The files that are sent, those that are deleted, and what is said of them.
 
     Raises:
-        UserError: If a better run would be replaced.
+        UserError: See `_compare_runs`.
     """
     files = sorted(folder.iterdir())
     replaced = [file.name for file in files if file.name in there and not _is_there(file, there)]
     foreign = there.keys() - {file.name for file in files} - {'.gitattributes'}
     weights = sorted(name for name in foreign if name.endswith(OTHER_WEIGHTS))
-    asked, deleted, said = settings.overwrite or settings.create_pr, [], []
-    if 'model.safetensors' in replaced and error_there is not None:
-        errors = f'a run with validation error {error_there:.2f} %; this one has {error:.2f} %'
-        if error_there < error and not asked:
-            raise UserError(f'a better run is there, {errors}: give --overwrite to replace it, or --create-pr')
-        said.append(f'replaces {errors}')
+    others = sorted(foreign - set(weights))
+    deleted = weights if settings.overwrite else []
+    asked, said = settings.overwrite or settings.create_pr, []
+    if 'model.safetensors' in replaced and run_there:
+        said.append(_compare_runs(run_there, results, asked))
     if 'README.md' in replaced and not there['README.md']['title'].startswith(TITLE) and not asked:
         replaced.remove('README.md')
         files = [file for file in files if file.name != 'README.md']
         said.append('keeps README.md, which a person wrote: --overwrite replaces it, --create-pr proposes to')
     if replaced:
         said.append(f'replaces {", ".join(replaced)}')
-    if weights and settings.overwrite:
-        deleted = weights
-        said.append(f'removes {", ".join(weights)}')
+    if deleted:
+        said.append(f'removes {", ".join(deleted)}')
     elif weights:
         said.append(f'keeps {", ".join(weights)}, which this run did not make: --overwrite removes such weights')
-    others = sorted(foreign - set(weights))
     if others:
         said.append(f'keeps {", ".join(others[:5])}{" ..." if len(others) > 5 else ""}')
     return files, deleted, said
@@ -148,30 +170,45 @@ def _commit(api: HfApi, repo: str, parent: str, files: list[Path], deleted: list
     Raises:
         UserError: If another commit came first, or nobody knows.
     """
+    added = [CommitOperationAdd(file.name, str(file)) for file in files]
+    patiently(lambda: api.preupload_lfs_files(repo, added, revision=settings.revision, create_pr=settings.create_pr,
+                                              free_memory=False))
+
     def commit() -> str:
         return str(api.create_commit(
-            repo, [*(CommitOperationAdd(file.name, str(file)) for file in files), *map(CommitOperationDelete, deleted)],
-            commit_message=TITLE, revision=settings.revision, parent_commit=parent, create_pr=settings.create_pr).oid)
+            repo, [*added, *map(CommitOperationDelete, deleted)], commit_message=TITLE, revision=settings.revision,
+            parent_commit=parent, create_pr=settings.create_pr).oid)
     try:
-        return patiently(commit)
+        return commit() if settings.create_pr else patiently(commit)  # a second one would be a second pull request
     except Exception as error:
-        unknown = (f'--repo {repo}: no answer came to the commit ({one_line(error, 100)}), and nobody knows whether it '
-                   f'is there: look at {constants.ENDPOINT}/{repo}')
-        if status_of(error) not in (None, 412) and (status_of(error) or 0) < 500:
+        status = status_of(error)
+        if status is not None and status < 500 and status != 412:
             raise  # the Hub has refused it
+        place = f'{constants.ENDPOINT}/{repo}'
+        unknown = f'--repo {repo}: the commit had no good answer ({_why(error)}), and may still come: look at {place}'
         if settings.create_pr:
             raise UserError(f'{unknown}/discussions') from error
         try:
-            now = str(api.repo_info(repo, revision=settings.revision).sha)
+            now = _head_after(api, repo, parent, settings.revision)
             there = _files(api, repo, now)
         except Exception:
-            raise UserError(f'{unknown}, or run this again, which changes nothing where it is') from error
+            now = parent
         if now == parent:
-            raise
+            raise UserError(f'{unknown}, or run this again, which changes nothing where it is') from error
         if all(_is_there(file, there) for file in files) and not there.keys() & set(deleted):
             return now
         raise UserError(f'--repo {repo}: another commit came meanwhile, and nothing was published; look at it, and run '
                         'this again') from error
+
+
+def _head_after(api: HfApi, repo: str, parent: str, revision: str | None) -> str:
+    """The newest commit; where it still is `parent`, after a while, in which ours may come."""
+    for seconds in (*WAITS, None):
+        now = str(api.repo_info(repo, revision=revision).sha)
+        if now != parent or seconds is None:
+            break
+        time.sleep(seconds)
+    return now
 
 
 def upload(run_folder: Path, results: dict[str, Any], comparison: Comparison, repo: str,
@@ -194,17 +231,19 @@ def upload(run_folder: Path, results: dict[str, Any], comparison: Comparison, re
         UserError: If the Hub can't be reached, or refuses; if a better run is there; if another publisher came first.
     """
     api = HfApi()
-    with tempfile.TemporaryDirectory() as scratch:
-        write_repository(run_folder, results, comparison, Path(scratch), repo)
-        with _told(repo):
-            check_token()
-            parent = _open(api, repo, settings)
-            there = _files(api, repo, parent)
-            error_there = _validation_error(repo, parent) if 'results.json' in there else None
-            files, deleted, said = _plan(Path(scratch), there, error_there, results['val_top1_err'], settings)
-            for line in said:
-                print(f'{repo}: {line}', file=sys.stderr, flush=True)
-            oid = _commit(api, repo, parent, files, deleted, settings)
+    limit_time(AskingOnce)
+    constants.HF_HUB_DISABLE_XET = True  # the client's other way to upload has no time limit
+    with _told(repo), tempfile.TemporaryDirectory() as scratch:
+        with user_errors(f'{run_folder} can not be published'):
+            write_repository(run_folder, results, comparison, Path(scratch), repo)
+        check_token()
+        parent = _open(api, repo, settings)
+        there = _files(api, repo, parent)
+        run_there = _run_there(repo, parent) if 'results.json' in there else {}
+        files, deleted, said = _plan(Path(scratch), there, run_there, results, settings)
+        for line in said:
+            print(f'{repo}: {line}', file=sys.stderr, flush=True)
+        oid = _commit(api, repo, parent, files, deleted, settings)
     revision = f'@{oid}' if settings.create_pr else f'@{settings.revision}' if settings.revision else ''
     return (f"load it: timm.create_model('hf-hub:{repo}{revision}', pretrained=True)\n"
             f'hf_hub_id: {repo}@{oid}')

@@ -208,20 +208,24 @@ def make_executor(settings: RunSettings) -> tuple[Any, int | None]:
 
 
 class Children:
-    """Trainings in processes of their own, none of which outlives this one."""
+    """Trainings in processes of their own. They end with this one, unless it is killed: then they go on."""
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[Any]] = []
+        self.stopped = False
 
     def run(self, line: list[str], **kwargs: Any) -> None:
         """`subprocess.run` with check=True."""
         with subprocess.Popen(line, **kwargs) as process:
             self.processes.append(process)
+            if self.stopped:
+                process.terminate()
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, line)
 
     def stop(self) -> None:
-        """Ends those that go on; each has its checkpoint."""
+        """Ends those that go on, and those that begin meanwhile; each has its checkpoint."""
+        self.stopped = True
         for process in self.processes:
             process.terminate()
 
@@ -263,7 +267,7 @@ def train(runs: list[Run], data: Path | None, settings: RunSettings) -> None:
         stack.callback(children.stop)
         try:
             for run in left:
-                # Into files: a pipe would end a training when this process ends.
+                # Into files: a pipe would end a training when this process is killed.
                 stderr = stack.enter_context(logs[run].open('w')) if logs else None
                 line = run.command(data, threads, settings)
                 with user_errors(f'--cluster {settings.cluster}'):  # submitit's: no such partition

@@ -1,6 +1,7 @@
 """Data sets of the Hub, and the tools against it in processes of their own."""
 import json
 import subprocess
+import time
 import types
 
 import datasets
@@ -78,6 +79,7 @@ def test_train_says_so_before_it_makes_a_folder(hub, tmp_path):
 def patience(monkeypatch):
     """How long the Hub may take for each question that comes first; the tests wait for a fraction of it."""
     asked = []
+    monkeypatch.setattr('timm_sd.download.WAITS', ())
 
     class Impatient(huggingface_hub.HfApi):
         def dataset_info(self, *args, timeout=None, **kwargs):
@@ -85,6 +87,29 @@ def patience(monkeypatch):
             return super().dataset_info(*args, timeout=0.2, **kwargs)
     monkeypatch.setattr('harness.data.sources.huggingface_hub', types.SimpleNamespace(HfApi=Impatient))
     return asked
+
+
+def test_what_passes_is_waited_for(hub, pictures, monkeypatch):
+    waited = []
+    monkeypatch.setattr('timm_sd.download.time', types.SimpleNamespace(**{**vars(time), 'sleep': waited.append}))
+    hub.fail(429, 'GET /api/datasets/some/pictures$', times=1, Retry_After='7')
+    assert brightness(load_split(SourceSettings('some/pictures'), 'train')) == [0, 10]
+    assert waited == [7]
+
+
+@pytest.mark.parametrize('status', [401, 403])
+def test_a_token_that_is_not_accepted_is_named(hub, pictures, status):
+    hub.fail(status, X_Error_Message='Invalid credentials in Authorization header')
+    with pytest.raises(UserError, match='log in with: hf auth login'):
+        load_split(SourceSettings('some/pictures'), 'train')
+
+
+def test_a_token_of_odd_characters_is_not_printed(hub, pictures, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'hf_sécret')
+    with pytest.raises(UserError, match='the token has characters that no token has') as caught:
+        load_split(SourceSettings('some/pictures'), 'train')
+    assert 'hf_s' not in str(caught.value)
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(('fault', 'questions'), [(503, 1), ('silent', 2)])  # the client asks a silent one twice

@@ -5,13 +5,17 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
 
 from harness import hub_client
+from harness.errors import UserError
 from harness.repository import read_run
 from harness.upload import UploadSettings, upload
 from publish import compare
@@ -39,7 +43,9 @@ def scratch(monkeypatch, tmp_path):
 def waits(monkeypatch):
     """The seconds between two questions, which no test waits for."""
     waited = []
-    monkeypatch.setattr('timm_sd.download.time.sleep', waited.append)
+    clock = types.SimpleNamespace(**{**vars(time), 'sleep': waited.append})
+    for module in ('timm_sd.download', 'harness.upload'):
+        monkeypatch.setattr(f'{module}.time', clock)
     return waited
 
 
@@ -119,11 +125,10 @@ def test_the_curves_are_drawn_from_the_runs_own_summary(hub, signed_in, run_fold
     assert head(repository(hub))['curves.png'].startswith(b'\x89PNG')
 
 
-def test_a_dry_run_is_whole_or_not_there(hub, run_folder, monkeypatch):
-    monkeypatch.setattr('harness.repository.save_for_hf', None)  # fails in the middle
-    assert run_here_fails('publish.py', run_folder, '--repo', REPO, '--dry-run')
+def test_a_dry_run_is_whole_or_not_there(hub, run_folder):
+    with mock.patch('harness.repository.save_config_for_hf', side_effect=UserError('in the middle')):
+        assert 'in the middle' in refused('publish.py', run_folder, '--repo', REPO, '--dry-run')
     assert not list(run_folder.glob('*hub*'))
-    monkeypatch.undo()
     to_hub(run_folder, '--repo', REPO, '--dry-run')
     to_hub(run_folder, '--repo', REPO, '--dry-run')
     assert {path.name for path in (run_folder / 'hub').iterdir()} == FILES
@@ -133,19 +138,67 @@ def test_a_dry_run_is_whole_or_not_there(hub, run_folder, monkeypatch):
     assert not list(run_folder.glob('.hub*'))
 
 
-def run_here_fails(*args):
-    try:
-        return run_here(*args).returncode
-    except TypeError:
-        return True
+def test_the_old_folder_comes_back_where_the_new_one_can_not_take_its_place(run_folder, monkeypatch):
+    to_hub(run_folder, '--repo', REPO, '--dry-run')
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == '.hub.new':
+            raise OSError(28, 'No space left on device')
+        return rename(path, target)
+    monkeypatch.setattr(Path, 'rename', fails)
+    assert 'No space left' in refused('publish.py', run_folder, '--repo', REPO, '--dry-run')
+    assert {path.name for path in (run_folder / 'hub').iterdir()} == FILES
+    assert not list(run_folder.glob('.hub*'))
+
+
+def test_a_run_that_is_written_anew_meanwhile_is_not_published(hub, signed_in, run_folder, tmp_path):
+    other = other_run(run_folder, tmp_path / 'other')
+
+    def finish(*args):
+        shutil.copytree(other, run_folder, dirs_exist_ok=True)
+    with mock.patch('harness.repository.save_gates', side_effect=finish):
+        said = refused('publish.py', run_folder, '--repo', REPO)
+    assert 'was written anew meanwhile; run this again' in said
+    assert hub.requests == []
+
+
+def test_a_run_whose_weights_hold_a_path_is_not_published(hub, signed_in, run_folder):
+    changed = dict(read_results(run_folder)['changed_from_recipe'], dataset='/home/me/secret/pets')
+    change(run_folder, changed_from_recipe=changed, args=dict(dataset='/home/me/secret/pets'))
+    said = refused('publish.py', run_folder, '--repo', REPO)
+    assert 'has a path of this machine in its weights: an older version wrote it' in said
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--repo', "x'); import os #"], '--repo: '),
+    (['--repo', 'a/b/c'], '--repo: '),
+    (['--bundle', '--dry-run'], 'give one of them'),
+    (['--bundle', '--repo', REPO], 'give one of them'),
+    (['--repo', REPO, '--create-pr', '--revision', 'v2'], '--create-pr opens a pull request to main'),
+])
+def test_flags_that_make_no_sense(hub, signed_in, run_folder, args, words):
+    assert words in refused('publish.py', run_folder, *args)
+    assert words in refused('publish.py', run_folder, *args, *([] if '--bundle' in args else ['--private']))
+    assert hub.requests == []
+
+
+def test_a_servers_words_are_one_line(hub, signed_in, run_folder):
+    hub.fail(400, 'preupload', X_Error_Message='one\x1b[31m two')
+    said = refused_with_news('publish.py', run_folder, '--repo', REPO)
+    assert '\x1b' not in said
+    assert 'the Hub answers 400 one [31m two' in said
 
 
 # --- two publishers
 
 
 def publish_meanwhile(folder):
+    """In a thread of the server, by the client that is there."""
     results = read_run(folder)
-    upload(folder, results, compare(results), REPO, UploadSettings())
+    with mock.patch('harness.upload.limit_time'):
+        upload(folder, results, compare(results), REPO, UploadSettings())
 
 
 def test_the_second_of_two_publishers_is_told(hub, signed_in, run_folder, tmp_path):
@@ -193,7 +246,8 @@ def test_a_better_run_is_replaced_when_asked(hub, signed_in, run_folder, tmp_pat
     to_hub(better, '--repo', REPO)
     oid = repository(hub).branches['main']
     said = refused('publish.py', run_folder, '--repo', REPO)
-    assert f'a better run is there, a run with validation error {error - 1:.2f} %; this one has {error:.2f} %' in said
+    theirs = f'sd_resnet20_cifar on uoft-cs/cifar10, validation error {error - 1} %; this one has {error} %'
+    assert f'a better run is there, {theirs}' in said
     assert '--overwrite' in said
     assert '--create-pr' in said
     assert repository(hub).branches['main'] == oid
@@ -201,7 +255,7 @@ def test_a_better_run_is_replaced_when_asked(hub, signed_in, run_folder, tmp_pat
     assert repository(hub).branches['main'] == oid
     assert is_of(head(repository(hub), 'refs/pr/1'), run_folder)
     result = to_hub(run_folder, '--repo', REPO, '--overwrite')
-    assert f'{REPO}: replaces a run with validation error {error - 1:.2f} %' in result.stderr
+    assert f'{REPO}: replaces {theirs}' in result.stderr
     assert is_of(head(repository(hub)), run_folder)
 
 
@@ -210,8 +264,27 @@ def test_a_worse_run_is_replaced_and_said_so(hub, signed_in, run_folder, tmp_pat
     worse = other_run(run_folder, tmp_path / 'worse', val_top1_err=error + 1)
     to_hub(worse, '--repo', REPO)
     result = to_hub(run_folder, '--repo', REPO)
-    assert f'{REPO}: replaces a run with validation error {error + 1:.2f} %; this one has {error:.2f}' in result.stderr
+    assert f'validation error {error + 1} %; this one has {error} %' in result.stderr
     assert f'{REPO}: replaces README.md, model.safetensors, results.json' in result.stderr
+    assert is_of(head(repository(hub)), run_folder)
+
+
+@pytest.mark.parametrize('other', [dict(dataset='uoft-cs/cifar100'), dict(model='sd_resnet32_cifar')])
+def test_a_run_of_another_kind_is_replaced_when_asked(hub, signed_in, run_folder, other):
+    to_hub(run_folder, '--repo', REPO)
+    files = head(repository(hub))
+    results = dict(json.loads(files['results.json']), **other)
+    repository(hub).commit({'results.json': json.dumps(results).encode(), 'model.safetensors': b'theirs'})
+    assert f'another run is there, {results["model"]} on {results["dataset"]}' in refused(
+        'publish.py', run_folder, '--repo', REPO)
+    to_hub(run_folder, '--repo', REPO, '--overwrite')
+    assert is_of(head(repository(hub)), run_folder)
+
+
+@pytest.mark.parametrize('content', [b'{', b'[]', b'{}', b'[' * 10 ** 5, b'\xff'])
+def test_results_that_tell_nothing_stand_in_no_ones_way(hub, signed_in, run_folder, content):
+    hub.repo(REPO).commit({'results.json': content, 'model.safetensors': b'theirs'})
+    to_hub(run_folder, '--repo', REPO)
     assert is_of(head(repository(hub)), run_folder)
 
 
@@ -252,20 +325,25 @@ PHASES = ['GET /api/models/our/sd$', 'create', 'tree', 'preupload', 'objects/bat
 
 @pytest.mark.parametrize('phase', PHASES)
 @pytest.mark.parametrize(('status', 'headers'), [(500, {}), (503, {}), (429, dict(Retry_After='3'))])
-def test_what_passes_is_waited_for(hub, signed_in, run_folder, waits, monkeypatch, phase, status, headers):
-    monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', waits.append)
+def test_what_passes_is_waited_for(hub, signed_in, run_folder, waits, phase, status, headers):
     hub.fail(status, phase, times=1, **headers)
     to_hub(run_folder, '--repo', REPO)
     assert is_of(head(repository(hub)), run_folder)
-    assert waits
+    assert waits == [3 if headers else 1]
+
+
+@pytest.mark.parametrize('phase', PHASES)
+def test_who_is_to_wait_for_hours_is_told(hub, signed_in, run_folder, waits, phase):
+    hub.fail(429, phase, Retry_After='3600')
+    assert 'the Hub answers 429' in refused_with_news('publish.py', run_folder, '--repo', REPO)
+    assert waits == []
 
 
 @pytest.mark.parametrize('phase', PHASES)
 @pytest.mark.parametrize('status', [400, 401, 403, 409, 500, 'lost', 'truncate'])
-def test_what_lasts_is_told_in_one_line(hub, signed_in, run_folder, monkeypatch, phase, status):
+def test_what_lasts_is_told_in_one_line(hub, signed_in, run_folder, phase, status):
     if (phase, status) == ('create', 409):
         return  # it says that the repository is there
-    monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda seconds: None)
     hub.fail(status, phase)
     result = run_here('publish.py', run_folder, '--repo', REPO)
     repo = hub.repos.get(('models', REPO))
@@ -281,26 +359,32 @@ def test_what_lasts_is_told_in_one_line(hub, signed_in, run_folder, monkeypatch,
     assert ('log in' in said) == (status in (401, 403))
 
 
-@pytest.mark.parametrize('fault', ['lost', 'truncate', 'silent', 502])
+@pytest.mark.parametrize('fault', ['lost', 'truncate', 'late'])
 def test_a_commit_whose_answer_is_lost_is_looked_for(hub, signed_in, run_folder, monkeypatch, fault):
     monkeypatch.setattr(hub_client, 'ANSWER_SECONDS', 0.5)
-    if fault in ('lost', 'truncate'):
-        hub.fail(fault, 'POST .*/commit/')
-        result = to_hub(run_folder, '--repo', REPO)
-        assert f'hf_hub_id: {REPO}@{repository(hub).branches["main"]}' in result.stdout
-        assert is_of(head(repository(hub)), run_folder)
-    else:  # the Hub did nothing
-        hub.fail(fault, 'POST .*/commit/')
-        assert 'can not be published' in refused_with_news('publish.py', run_folder, '--repo', REPO)
-        assert set(head(repository(hub))) == {'.gitattributes'}
+    monkeypatch.setattr('harness.upload.time', time)
+    hub.fail(fault, 'POST .*/commit/')
+    result = to_hub(run_folder, '--repo', REPO)
+    assert f'hf_hub_id: {REPO}@{repository(hub).branches["main"]}' in result.stdout
+    assert is_of(head(repository(hub)), run_folder)
+    assert len([request for request in hub.requests if '/commit/' in request]) == 1
+
+
+@pytest.mark.parametrize(('fault', 'why'), [('silent', 'no answer from 127.0.0.1'), (502, 'the Hub answers 502')])
+def test_a_commit_that_is_not_there_may_still_come(hub, signed_in, run_folder, monkeypatch, fault, why):
+    monkeypatch.setattr(hub_client, 'ANSWER_SECONDS', 0.5)
+    hub.fail(fault, 'POST .*/commit/')
+    said = refused_with_news('publish.py', run_folder, '--repo', REPO)
+    assert f'the commit had no good answer ({why}; try again later), and may still come: look at {hub.url}' in said
+    assert 'can not be published' not in said
+    assert set(head(repository(hub))) == {'.gitattributes'}
 
 
 def test_where_nobody_knows_whether_it_is_there_that_is_said(hub, signed_in, run_folder):
     hub.fail('lost', 'POST .*/commit/')
     hub.before_commit = lambda: hub.fail(403, 'GET')
     said = refused_with_news('publish.py', run_folder, '--repo', REPO)
-    assert 'no answer came to the commit' in said
-    assert f'nobody knows whether it is there: look at {hub.url}/{REPO}, or run this again' in said
+    assert f'and may still come: look at {hub.url}/{REPO}, or run this again' in said
     assert 'can not be published' not in said
     hub.heal()
     oid = repository(hub).branches['main']
@@ -311,7 +395,13 @@ def test_where_nobody_knows_whether_it_is_there_that_is_said(hub, signed_in, run
 def test_a_pull_request_whose_answer_is_lost(hub, signed_in, run_folder):
     hub.fail('lost', 'POST .*/commit/')
     said = refused_with_news('publish.py', run_folder, '--repo', REPO, '--create-pr')
-    assert f'nobody knows whether it is there: look at {hub.url}/{REPO}/discussions' in said
+    assert f'and may still come: look at {hub.url}/{REPO}/discussions' in said
+
+
+def test_there_is_one_pull_request(hub, signed_in, run_folder):
+    hub.fail(504, 'POST .*/commit/', times=1)
+    refused_with_news('publish.py', run_folder, '--repo', REPO, '--create-pr')
+    assert len([request for request in hub.requests if '/commit/' in request]) == 1
 
 
 @pytest.mark.parametrize('phase', PHASES)

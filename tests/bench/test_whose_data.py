@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.recipes import parse_train_flags, read_recipe
 from support.commands import ROOT, read_results, refused, run_here
 from support.data import opened, write_classes
+from support.published import change
 
 FLAGS = ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '1', '-b', '8', '--threads', '1', '--no-amp',
          '--val-per-class', '2', '--experiment', 'a']
@@ -85,11 +86,8 @@ def test_data_is_bundled_only_if_a_recipe_of_the_package_knows_it(run, tmp_path,
             (dict(hub='uoft-cs/cifar10', revision=None), dict(test_split='train'), 'stands for'))):
         folder = tmp_path / str(number)
         shutil.copytree(run, folder)
-        results = read_results(run)
-        results.update(dict(dataset='uoft-cs/cifar10', model='sd_resnet20_cifar.c10', data=data), **changed)
-        if changed:
-            results['args']['img_size'] = 32
-        (folder / 'results.json').write_text(json.dumps(results))
+        change(folder, **dict(changed, dataset='uoft-cs/cifar10', model='sd_resnet20_cifar.c10', data=data,
+                              args=dict(img_size=32) if changed else {}))
         assert words in refused('publish.py', folder, '--bundle')
     assert not list(tmp_path.glob('pretrained/*')) + list(tmp_path.glob('cards/*'))
 

@@ -43,7 +43,8 @@ class Fault:
     """What befalls the requests whose 'METHOD path' holds the pattern `where`, the first `times` of them.
 
     `kind` is a status, with headers, or 'silent' (accepts, never answers), 'lost' (does it, and says nothing),
-    'truncate' (breaks off the body), 'corrupt' (changes the body's last bytes), or 'slow' (a second between two parts).
+    'truncate' (breaks off the body), 'corrupt' (changes the body's last bytes), 'slow' (a second between two parts), or
+    'late' (does it after a second and a half).
     """
     kind: int | str
     where: str = ''
@@ -132,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.released.wait(600)
             self.close_connection = True
             return
+        if self.kind == 'late':
+            time.sleep(1.5)
         if isinstance(self.kind, int):
             self.send(self.kind, b'{"error": ""}', **fault.headers)
             return

@@ -21,7 +21,7 @@ from harness.cli import flag
 from harness.data.folders import as_dataset, find_pictures, fingerprint, split_name
 from harness.errors import UserError, one_line, user_errors
 from harness.launch import from_main_process
-from timm_sd.download import check_token
+from timm_sd.download import check_token, patiently, status_of
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -90,12 +90,15 @@ def _ask_hub(name: str, revision: str | None) -> str | None:
     with user_errors(f'data set {name!r}'):
         check_token()
     try:
-        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=3).sha
+        return patiently(lambda: huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=3)).sha
     except RevisionNotFoundError as error:
         raise UserError(f'data set {name!r} has no revision {revision!r} on the Hub') from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f'no data set {name!r} on the Hub, or it is private; log in with: hf auth login') from error
-    except (httpx.HTTPError, OSError):  # unreachable, silent, 5xx, or HF_HUB_OFFLINE
+    except (httpx.HTTPError, OSError) as error:  # unreachable, silent, 5xx, or HF_HUB_OFFLINE
+        if status_of(error) in (401, 403):
+            raise UserError(f'data set {name!r}: the Hub does not accept the token ({status_of(error)}); log in with: '
+                            'hf auth login') from error
         return None
 
 
