@@ -2,6 +2,9 @@
 
 Writes FAMILIES.md beside itself: which families work, which partly, and which not, with the reason.
 """
+import harness.interrupts  # noqa: F401  (before the imports that take seconds)
+
+# isort: split
 import re
 import sys
 import warnings

@@ -7,6 +7,9 @@
 A repository holds model.safetensors, config.json, README.md (the card), results.json, summary.csv, curves.png and
 gates.png; never a pickle. The card is built from results.json; nothing in it is typed by hand.
 """
+import harness.interrupts  # noqa: F401  (before the imports that take seconds)
+
+# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

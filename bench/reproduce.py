@@ -8,6 +8,9 @@
 A run that is complete is not started again, a half-done one goes on from its last checkpoint: after a kill, run the
 same line again. The report is made from each finished run's results.json and summary.csv, copied to results/runs/.
 """
+import harness.interrupts  # noqa: F401  (before the imports that take seconds)
+
+# isort: split
 import statistics
 
 import timm_sd

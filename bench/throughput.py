@@ -15,6 +15,9 @@
 Prints a table; `--output PREFIX` writes PREFIX.json, PREFIX.csv and PREFIX.png. Ratios are taken within a round of
 turns and quoted as the median and the quartiles over the rounds; warm-up stays outside.
 """
+import harness.interrupts  # noqa: F401  (before the imports that take seconds)
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,6 +2,9 @@
 
 Without arguments it runs the recipe `quickstart`, on data that scikit-learn ships, in under a minute.
 """
+import harness.interrupts  # noqa: F401  (before the imports that take seconds)
+
+# isort: split
 import json
 import sys
 import textwrap

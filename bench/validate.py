@@ -2,6 +2,9 @@
 
 timm's conventions: fp32 unless --amp, mean and std of the model's pretrained_cfg, one JSON on stdout, a results CSV.
 """
+import harness.interrupts  # noqa: F401  (before the imports that take seconds)
+
+# isort: split
 import json
 import math
 import sys

@@ -1,5 +1,9 @@
 """Command lines: a mistake is one line and status 2, and every flag is a field of one settings class."""
 import dataclasses
+import re
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +11,8 @@ from harness.cli import finite, run_script
 from harness.errors import RankError, UserError
 from harness.network import NetworkSettings
 from harness.recipes import command_line, group_flags, parse_train_flags, read_recipe
-from support.commands import refused, run_here
+from support.commands import BENCH, command, refused, run_here
+from support.waiting import hear_sigint, wait_until
 
 # Each flag of train.py with a value that is neither its default nor that of the recipe.
 VALUES = dict(
@@ -148,3 +153,24 @@ def test_a_password_of_the_hubs_address_is_not_printed(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_script(main)
     assert 'look at http://me:***@hub/our/sd' in capsys.readouterr().err
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r'SigCgt:\s+(\w+)', Path(f'/proc/{pid}/status').read_text())
+    return int(mask, 16) >> (number - 1) & 1
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('script', [path.name for path in BENCH.glob('*.py')])
+def test_a_signal_during_the_imports_is_one_line(script, number, status):
+    with subprocess.Popen(command(script, '--help'), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          preexec_fn=hear_sigint) as process:
+        try:
+            wait_until(lambda: catches(process.pid, signal.SIGTERM), process=process)
+            process.send_signal(number)
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, stdout, stderr) == (status, '', f'{script}: stopped by {signal.Signals(number).name}\n')
