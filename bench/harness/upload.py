@@ -53,11 +53,10 @@ def _why(error: BaseException) -> str:
     if status is None:
         later = '; try again later' if isinstance(cause, (httpx.HTTPError, ConnectionError)) else ''
         return f'{one_line(cause)}{later}'
-    # the client's own text has three lines, of which the server's words are one
-    said = one_line(getattr(cause, 'server_message', None) or '-', 200)
+    said = getattr(cause, 'server_message', None)  # the client's own text has three lines, of which this is one
     advice = '; log in with hf auth login, or set HF_TOKEN to a token that may write there' if status in (401, 403) \
         else '; try again later' if status in RETRIED else ''
-    return f'the Hub answers {status} {said.strip("-")}'.rstrip() + advice
+    return f'the Hub answers {status}{f" {one_line(said, 200)}" if said else ""}{advice}'
 
 
 def _open(api: HfApi, repo: str, settings: UploadSettings) -> str:
