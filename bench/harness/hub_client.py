@@ -43,5 +43,5 @@ class AskingOnce(LimitedClient):
 def limit_time(client: type[httpx.Client] = LimitedClient) -> None:
     """Makes it the client of this process, and leaves what there is to say of it to the one line of an error."""
     hooks = get_session().event_hooks
-    set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True))
+    set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=None))
     set_verbosity_error()
