@@ -24,7 +24,7 @@ from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv
 from harness.launch import make_accelerator
-from harness.network import NetworkSettings, check_size, local_source, registered_name, size_kwargs
+from harness.network import NetworkSettings, check_loaded, check_size, local_source, registered_name, size_kwargs
 from harness.run_folder import read_metadata
 from timm_sd.weight_files import check_finite, check_weights
 
@@ -75,7 +75,10 @@ def load_network(network: NetworkSettings, checkpoint: str | None, num_classes: 
             local, pretrained=not checkpoint, checkpoint_path=checkpoint,
             num_classes=num_classes if checkpoint else None, **weights,
             **dict(size_kwargs(name, img_size), **network.model_kwargs))
-        check_finite(model.state_dict().items())  # whatever they were read from
+        if checkpoint:  # complete, or timm fails
+            check_finite(model.state_dict().items())
+        else:
+            check_loaded(model)
     check_size(model, network, img_size)
     return model
 

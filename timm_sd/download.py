@@ -1,8 +1,6 @@
 """A file of a Hub repository as a local one, asked for with patience and a time limit, and of the right checksum."""
-import logging
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +11,6 @@ from typing import Any, TypeVar
 from huggingface_hub import (
     constants,
     get_hf_file_metadata,
-    get_token,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
@@ -21,103 +18,29 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx, parse_ratelimit_headers, tqdm
+from huggingface_hub.utils import httpx, tqdm
 
+from .asking import LOG_IN, Refused, check_token, hide_password, patiently, status_of
 from .weight_files import checksum
 
 FILE = 'model.safetensors'
 TIMEOUT_SECONDS = 1.5  # of the quick question; the client asks twice
 SILENCE_SECONDS = 40.  # in a download; a slow one goes on
 CHUNK_BYTES = 2 ** 18  # by which its progress bar moves; the client's 10 MB are more than most of our files have
-RETRIED = (408, 429, 500, 502, 503, 504)  # statuses that pass
-WAITS = (1, 2, 4, 8)  # seconds before the Hub is asked again
-PATIENCE_SECONDS = 30.  # until it isn't asked any more
-LONGEST_WAIT = 310.  # seconds that the Hub may ask for; its limits of rate are for five minutes
 
 Result = TypeVar('Result')
-_logger = logging.getLogger(__name__)
-
-
-class _Refused(OSError):
-    """What a file or a token was refused for; the text says it all."""
-
-
-# --- secrets
-
-
-def hide_password(text: str) -> str:
-    """The text without the password of any address in it; $HF_ENDPOINT may have one."""
-    return re.sub(r'(://[^/@\s:]*):[^/@\s]*@', r'\1:***@', text)
-
-
-def _hide_in_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = hide_password(record.getMessage()), ()
-    return True
-
-
-def check_token() -> None:
-    """Raises OSError if the token can't be one: the client would fail with a text that holds it."""
-    token = get_token() or ''
-    if not token.isascii() or not token.isprintable() or ' ' in token:
-        raise _Refused('the token has characters that no token has: log in with hf auth login, or set HF_TOKEN')
-
-
-for _handler in logging.getLogger('huggingface_hub').handlers:
-    _handler.addFilter(_hide_in_record)
-
-
-# --- asking the Hub
-
-
-def _answer_to(error: BaseException) -> Any:
-    """The Hub's answer that an error of its client stands for, itself or by its cause; None where none came."""
-    seen: BaseException | None = error
-    while seen is not None and getattr(seen, 'response', None) is None:
-        seen = seen.__cause__
-    return getattr(seen, 'response', None)
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error of the Hub's client stands for; None where no answer came."""
-    answer = _answer_to(error)
-    return None if answer is None else answer.status_code
-
-
-def _named_seconds(answer: Any) -> int | None:
-    """After how many seconds the Hub wants to be asked again; None where it names none."""
-    limit = parse_ratelimit_headers(answer.headers)
-    if answer.status_code == 429 and limit is not None and limit.remaining == 0:
-        return limit.reset_in_seconds
-    named = answer.headers.get('Retry-After', '')
-    return int(named) if named.isdecimal() else None
-
-
-def patiently(call: Callable[[], Result]) -> Result:
-    """What `call` gives. While the Hub answers 408, 429 or 5xx it is asked again, after the time that it names."""
-    begin, waits = time.monotonic(), iter(WAITS)
-    while True:
-        try:
-            return call()
-        except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of the client's threads
-            answer, wait = _answer_to(error), next(waits, None)
-            if wait is None or answer is None or answer.status_code not in RETRIED:
-                raise
-            named = _named_seconds(answer)
-            seconds = wait if named is None else named
-            if seconds > LONGEST_WAIT or named is None and time.monotonic() - begin + seconds > PATIENCE_SECONDS:
-                raise
-            _logger.warning('the Hub answers %d, and is asked again in %d s', answer.status_code, seconds)
-        time.sleep(seconds)
 
 
 def _unless_silent(call: Callable[[type], Result], blobs: Path) -> Result:
     """What `call` gives; TimeoutError once nothing has come of it for `SILENCE_SECONDS`.
 
-    The client alone would go on asking for more than six minutes. A thread that is given up ends when the client does.
+    A thread that is given up ends when the client does. The chunks of all downloads of this process are made smaller.
 
     Args:
         call: Takes the class of its progress bar.
@@ -158,8 +81,8 @@ def _unless_silent(call: Callable[[type], Result], blobs: Path) -> Result:
 def _reason(error: Exception) -> str:
     """What to do about an error of the Hub's client, whose own text has many lines and no file in it."""
     status = status_of(error)
-    if isinstance(error, _Refused):
-        return str(error)
+    if isinstance(error, (Refused, HFValidationError)):
+        return ' '.join(str(error).split())
     if isinstance(error, GatedRepoError):
         return 'access must be asked for on its page'
     if isinstance(error, RevisionNotFoundError):
@@ -167,9 +90,13 @@ def _reason(error: Exception) -> str:
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return 'there is no such file; weights other than safetensors are not loaded'
     if isinstance(error, RepositoryNotFoundError):
-        return 'there is no such repository, or it is private: log in with hf auth login, or set HF_TOKEN'
+        return f'there is no such repository, or it is private: {LOG_IN}'
+    if isinstance(error, OfflineModeIsEnabled):
+        return 'HF_HUB_OFFLINE is set, and the cache has no such file'
     if status in (401, 403):
-        return f'the Hub does not accept the token ({status}): log in with hf auth login, or set HF_TOKEN'
+        return f'the Hub does not accept the token ({status}): {LOG_IN}'
+    if isinstance(error, OSError) and error.filename is not None:  # of this machine
+        return f'{error.strerror}: {error.filename}'
     how = f'answers {status}' if status else f'does not answer as it should ({type(error).__name__})'
     return f'the Hub {how}; try later'
 
@@ -187,7 +114,8 @@ def _check_sum(path: str, etag: str | None) -> None:
         return
     for damaged in (blob, path):
         Path(damaged).unlink(missing_ok=True)
-    raise _Refused(f'what came has another checksum than the Hub names, {etag[:12]}...; it was removed, load it again')
+    raise Refused(f'what came has another checksum than the Hub names, {etag[:12]}...; it was removed; '
+                  'load it again when the Hub can be reached')
 
 
 def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = FILE) -> str:
@@ -230,7 +158,7 @@ def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = F
         path = fetch(force=False)
         try:
             _check_sum(path, etag)
-        except _Refused:  # it may have been damaged in the cache
+        except Refused:  # it may have been damaged in the cache
             path = fetch(force=True)
             _check_sum(path, etag)
         return path

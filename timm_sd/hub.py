@@ -18,7 +18,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from .download import FILE, download
-from .weight_files import WeightsError, check_weights, stored_cfg
+from .weight_files import WeightsError, check_complete, check_weights, stored_cfg
 
 
 def _full_name(cfg: Any) -> str:
@@ -70,15 +70,17 @@ def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwarg
     if not by_config and (cfg.state_dict or (cfg.url and not cfg.hf_hub_id and not cfg.file)):  # timm's own
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     path = find(cfg, kwargs.get('cache_dir'))
+    overlay = dict(overlay, file=path, source='timm', state_dict=None, custom_load=False)
+    registered, config = dataclasses.asdict(resolve_pretrained_cfg(name)), Path(path).with_name('config.json')
+    is_safe = path.endswith('.safetensors')
     try:
-        if path.endswith('.safetensors'):
-            said = dataclasses.asdict(cfg)
-            config = Path(path).with_name('config.json')
-            if by_config and config.exists():
-                said = stored_cfg(config, dataclasses.asdict(resolve_pretrained_cfg(name)))
-            check_weights(path, said)
-        overlay = dict(overlay, file=path, source='timm', state_dict=None, custom_load=False)
-        return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
+        if is_safe:
+            check_weights(path, stored_cfg(config, registered) if by_config and config.exists() else
+                          dataclasses.asdict(cfg))
+        model = build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
+        if is_safe:
+            check_complete(path, model, registered)
+        return model
     except (RuntimeError, KeyError, WeightsError, SafetensorError) as error:
         reason = ' '.join(str(error).split())[:300]
         raise RuntimeError(f'{_full_name(cfg)}: weights {path} do not fit: {reason}') from error

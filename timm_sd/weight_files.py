@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 # The buffers that networks keep as integers: batch norm's count, and tables of positions.
 INTEGERS = ('num_batches_tracked', 'index', 'idx', 'idxs')
@@ -64,7 +65,7 @@ def check_weights(path: str, cfg: dict[str, Any]) -> None:
 def stored_cfg(config_json: Path, registered: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of the sizes of its weights, for `check_weights`.
 
-    timm takes num_classes from `model_args` before that of its own cfg, and so discards a classifier without a word.
+    timm builds by `model_args`, and discards a classifier without a word where the cfg has another number of classes.
 
     Args:
         config_json: The file.
@@ -77,12 +78,36 @@ def stored_cfg(config_json: Path, registered: dict[str, Any]) -> dict[str, Any]:
         config = json.loads(config_json.read_text(encoding='utf-8'))
         cfg = config.get('pretrained_cfg', config)
         args = config.get('model_args') or {}
-        classes = {**registered, **cfg, **config, **args}['num_classes']
+        classes = {**registered, **cfg, **config}['num_classes']
         found = dict(registered, label_offset=cfg.get('label_offset'), num_classes=classes)
+        built = args.get('num_classes', classes)
         channels = args.get('in_chans', (cfg.get('input_size') or (3,))[0])
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
         raise WeightsError(f'{config_json.name} can not be read ({type(error).__name__}: {error})') from error
+    if built != classes:
+        raise WeightsError(f'num_classes of {config_json.name} is {classes}, and that of its model_args is {built}')
     return dict(found, input_size=(channels,))
+
+
+def check_complete(path: str, model: nn.Module, cfg: dict[str, Any], renamed: bool = False) -> None:
+    """Raises WeightsError unless a file has each tensor of a network, but those of its classifier.
+
+    Where timm discards a classifier it loads the rest in part too, and says nothing.
+
+    Args:
+        path: A safetensors file that was loaded.
+        model: The network, or its feature maps.
+        cfg: Its pretrained_cfg: `classifier` names layers.
+        renamed: A file that has other names too is passed over: timm renames the layers of some old files.
+    """
+    with safe_open(path, 'pt') as file:
+        stored = set(file.keys())
+    heads = tuple(f'{layer}.' for layer in _names(cfg.get('classifier')))
+    wanted = {name.removeprefix('model.') for name in model.state_dict()}
+    missing = sorted(name for name in wanted - stored if not name.startswith(heads))
+    others = [name for name in stored - wanted if not name.startswith(heads)]
+    if missing and not (renamed and others):
+        raise WeightsError(f'it has no {missing[0]}{f", and {len(missing) - 1} more" if missing[1:] else ""}')
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -19,9 +19,9 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from tqdm import tqdm
 
-from harness.errors import RankError, UserError
+from harness.errors import RankError, UserError, one_line
 from harness.hub_client import limit_time
-from timm_sd.download import hide_password
+from timm_sd.asking import hide_password
 
 Settings = TypeVar('Settings')
 Number = TypeVar('Number', int, float)
@@ -45,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
         for bar in list(getattr(tqdm, '_instances', ())):  # else the line would begin behind one
             bar.close()
         if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'{Path(sys.argv[0]).name}: {hide_password(text)}', file=sys.stderr, flush=True)
+            print(f'{Path(sys.argv[0]).name}: {one_line(hide_password(text), 10_000)}', file=sys.stderr, flush=True)
         sys.exit(status)
 
     limit_time()

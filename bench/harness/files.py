@@ -70,6 +70,8 @@ def folder_in_one_piece(path: Path) -> Iterator[Path]:
     """
     new, old = (path.with_name(f'.{path.name}.{name}') for name in ('new', 'old'))
     shutil.rmtree(new, ignore_errors=True)  # of a killed process
+    if path.is_symlink() or path.exists() and not path.is_dir():
+        raise UserError(f'{path} would be replaced, and is no folder; move it away')
     try:
         make_folder(new)
         yield new

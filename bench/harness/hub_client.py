@@ -1,17 +1,18 @@
 """A time limit for each question of a script to the Hub: huggingface_hub asks most of them without one."""
+from contextlib import suppress
 from typing import Any
 
 from huggingface_hub import set_client_factory
 from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
 from huggingface_hub.utils.logging import set_verbosity_error
 
-from timm_sd.download import RETRIED
+from timm_sd.asking import RETRIED
 
-ANSWER_SECONDS = 25.  # from the last byte that went or came
+ANSWER_SECONDS = 20.  # from the last byte that went or came
 
 
 class LimitedClient(httpx.Client):
-    """A client whose questions end in a ConnectionError where no answer comes.
+    """A client whose questions end in a ConnectionError where no answer comes; what only reads is asked twice.
 
     A TimeoutException of httpx's would not do: huggingface_hub asks up to five times more on each.
     """
@@ -20,6 +21,9 @@ class LimitedClient(httpx.Client):
         given = request.extensions.get('timeout', {})
         request.extensions['timeout'] = {what: min(given.get(what) or ANSWER_SECONDS, ANSWER_SECONDS)
                                          for what in ('connect', 'read', 'write', 'pool')}
+        if request.method in ('GET', 'HEAD'):
+            with suppress(httpx.TimeoutException):
+                return super().send(request, **kwargs)
         try:
             return super().send(request, **kwargs)
         except httpx.TimeoutException as error:

@@ -15,7 +15,7 @@ from harness.cli import KEY_VALUES, drop_rate, flag
 from harness.errors import UserError, nearest, user_errors
 from timm_sd.download import FILE, download
 from timm_sd.probe import drop_path_slots
-from timm_sd.weight_files import check_finite, check_weights, stored_cfg
+from timm_sd.weight_files import check_complete, check_finite, check_weights, stored_cfg
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ class DepthSettings:
 
 
 def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments by which `timm.create_model` loads local files alone, which were checked.
+    """The name and the arguments by which `timm.create_model` loads local files, which were downloaded and checked.
 
-    timm by itself asks a silent Hub for minutes, compares no checksum, and builds what config.json asks for.
+    timm by itself asks a silent Hub for minutes, compares no checksum, and builds what config.json asks for. It is left
+    alone with weights of its own that are no model.safetensors of the Hub.
 
     Args:
         name: Such as 'resnet18', 'hf-hub:ORG/NAME@REVISION' or 'local-dir:FOLDER'.
@@ -77,18 +78,31 @@ def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:
         source, place = 'local-dir', str(folder)
     if source:
         weights = Path(place, FILE)
-        if pretrained and weights.exists():
-            config = Path(place, 'config.json')
-            cfg: Any = timm.get_pretrained_cfg(load_model_config_from_path(place)[1])
-            check_weights(str(weights), stored_cfg(config, cfg.to_dict()))
+        architecture = load_model_config_from_path(place)[1]
+        if pretrained and weights.exists() and not is_ours(architecture):
+            cfg: Any = timm.get_pretrained_cfg(architecture)
+            check_weights(str(weights), stored_cfg(Path(place, 'config.json'), cfg.to_dict()))
         return f'{source}:{place}', {}
     cfg = timm.get_pretrained_cfg(name)
-    ours_or_odd = cfg is None or name.startswith('sd_') or cfg.hf_hub_filename or cfg.custom_load
-    if not pretrained or ours_or_odd or not cfg.hf_hub_id:
+    if not pretrained or is_ours(name) or cfg is None or not cfg.hf_hub_id or cfg.hf_hub_filename or cfg.custom_load:
         return name, {}
     path = download(name, cfg.hf_hub_id)
     check_weights(path, cfg.to_dict())
     return name, dict(pretrained_cfg_overlay=dict(file=path))
+
+
+def is_ours(architecture: Any) -> bool:
+    """Whether it is a network of this package: it checks its weights by itself, and takes the method as arguments."""
+    return isinstance(architecture, str) and architecture.startswith('sd_')
+
+
+def check_loaded(model: Any) -> None:
+    """Raises WeightsError unless all weights of a pretrained network came, as finite numbers."""
+    place = Path(model.pretrained_cfg.get('file') or 'none')
+    weights = place / FILE if place.is_dir() else place
+    if weights.suffix == '.safetensors' and weights.exists():
+        check_complete(str(weights), model, model.pretrained_cfg, renamed=True)
+    check_finite(model.state_dict().items())  # whatever they were read from
 
 
 def registered_name(name: str) -> str:
@@ -149,19 +163,18 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
     given = dict(schedule=depth.drop_path_schedule, mode=depth.drop_path_mode, scale=depth.drop_path_scale)
     choices = {key: value for key, value in given.items() if value is not None}
     name = registered_name(network.model)
-    is_ours = name.startswith('sd_')  # they take the method as arguments
     with user_errors(f'--model {network.model}'):
         local, kwargs = local_source(network.model, network.pretrained)
-        if is_ours:
+        if is_ours(name):
             kwargs.update({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
             if depth.drop_path is not None:
                 kwargs['drop_path_rate'] = depth.drop_path
         model: Any = timm.create_model(local, pretrained=network.pretrained, num_classes=num_classes, **kwargs,
                                        **dict(size_kwargs(name, img_size), **network.model_kwargs))
         if network.pretrained:
-            check_finite(model.state_dict().items())  # whatever they were read from
+            check_loaded(model)
         check_size(model, network, img_size)
-        if not is_ours and depth.drop_path:
+        if not is_ours(name) and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)
         if depth.grad_checkpointing:
             model.set_grad_checkpointing()

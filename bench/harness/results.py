@@ -26,7 +26,7 @@ def public_flags(flags: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     if flags['dataset'] and ('folder' in data and not flags['data_dir'] or not is_public(flags['dataset'])):
         public['dataset'] = Path(os.path.abspath(flags['dataset'])).name
     if flags['model'].startswith('local-dir:'):
-        public['model'] = f'local-dir:{Path(flags["model"]).name}'
+        public['model'] = f'local-dir:{Path(os.path.abspath(flags["model"].partition(":")[2])).name}'
     return public
 
 

@@ -18,7 +18,8 @@ from harness.cli import flag
 from harness.errors import UserError, one_line, user_errors
 from harness.hub_client import AskingOnce, limit_time
 from harness.repository import write_repository
-from timm_sd.download import RETRIED, WAITS, check_token, download, patiently, status_of
+from timm_sd.asking import LOG_IN, RETRIED, WAITS, check_token, patiently, status_of
+from timm_sd.download import download
 from timm_sd.weight_files import checksum
 
 TITLE = 'Weights, card and results'  # of our commits, by which a file that a person wrote is told from ours
@@ -54,7 +55,7 @@ def _why(error: BaseException) -> str:
         later = '; try again later' if isinstance(cause, (httpx.HTTPError, ConnectionError)) else ''
         return f'{one_line(cause)}{later}'
     said = getattr(cause, 'server_message', None)  # the client's own text has three lines, of which this is one
-    advice = '; log in with hf auth login, or set HF_TOKEN to a token that may write there' if status in (401, 403) \
+    advice = f'; {LOG_IN} to a token that may write there' if status in (401, 403) \
         else '; try again later' if status in RETRIED else ''
     return f'the Hub answers {status}{f" {one_line(said, 200)}" if said else ""}{advice}'
 
@@ -100,23 +101,30 @@ def _is_there(file: Path, there: dict[str, Any]) -> bool:
 def _run_there(repo: str, revision: str) -> dict[str, Any]:
     """The results of the run that is there; empty where they tell none."""
     try:
-        results = json.loads(Path(download(repo, f'{repo}@{revision}', file='results.json')).read_text())
-        return {key: results[key] for key in ('model', 'dataset', 'val_top1_err')}
+        text = Path(download(repo, f'{repo}@{revision}', file='results.json')).read_text(encoding='utf-8')
+        results = json.loads(text)
+        return dict(model=str(results['model']), dataset=str(results['dataset']),
+                    val_top1_err=float(results['val_top1_err']))
     except (ValueError, LookupError, TypeError, RecursionError):
         return {}
 
 
-def _compare_runs(there: dict[str, Any], ours: dict[str, Any], asked: bool) -> str:
+def _compare_runs(there: dict[str, Any], ours: dict[str, Any], may_replace: bool) -> str:
     """What is said of the run that ours replaces.
 
     Raises:
-        UserError: If it is better by its validation error, or of another network or data set, and nobody asked for it.
+        UserError: If it is better by its validation error, of another network or data set, or unknown, and may not be
+            replaced.
     """
+    if not there and not may_replace:
+        raise UserError('weights of an unknown run are there: give --overwrite to replace them, or --create-pr')
+    if not there:
+        return 'replaces the weights of an unknown run'
     theirs = f'{there["model"]} on {there["dataset"]}, validation error {there["val_top1_err"]} %'
     this_one = f'this one has {ours["val_top1_err"]} %'
     same = all(there[key].partition(mark)[0] == ours[key].partition(mark)[0] for key, mark in
                (('model', '.'), ('dataset', '@')))
-    if not asked and (not same or there['val_top1_err'] < ours['val_top1_err']):
+    if not may_replace and (not same or there['val_top1_err'] < ours['val_top1_err']):
         raise UserError(f'{"a better run" if same else "another run"} is there, {theirs}; {this_one}: give --overwrite '
                         'to replace it, or --create-pr')
     return f'replaces {theirs}; {this_one}'
@@ -145,10 +153,10 @@ def _plan(folder: Path, there: dict[str, Any], run_there: dict[str, Any], result
     weights = sorted(name for name in foreign if name.endswith(OTHER_WEIGHTS))
     others = sorted(foreign - set(weights))
     deleted = weights if settings.overwrite else []
-    asked, said = settings.overwrite or settings.create_pr, []
-    if 'model.safetensors' in replaced and run_there:
-        said.append(_compare_runs(run_there, results, asked))
-    if 'README.md' in replaced and not there['README.md']['title'].startswith(TITLE) and not asked:
+    may_replace, said = settings.overwrite or settings.create_pr, []
+    if 'model.safetensors' in replaced:
+        said.append(_compare_runs(run_there, results, may_replace))
+    if 'README.md' in replaced and not there['README.md']['title'].startswith(TITLE) and not may_replace:
         replaced.remove('README.md')
         files = [file for file in files if file.name != 'README.md']
         said.append('keeps README.md, which a person wrote: --overwrite replaces it, --create-pr proposes to')
@@ -178,7 +186,8 @@ def _commit(api: HfApi, repo: str, parent: str, files: list[Path], deleted: list
             repo, [*added, *map(CommitOperationDelete, deleted)], commit_message=TITLE, revision=settings.revision,
             parent_commit=parent, create_pr=settings.create_pr).oid)
     try:
-        return commit() if settings.create_pr else patiently(commit)  # a second one would be a second pull request
+        # After 5xx it may be there: a second commit would change nothing, but be a second pull request.
+        return patiently(commit, (429,) if settings.create_pr else RETRIED)
     except Exception as error:
         status = status_of(error)
         if status is not None and status < 500 and status != 412:
@@ -196,8 +205,8 @@ def _commit(api: HfApi, repo: str, parent: str, files: list[Path], deleted: list
             raise UserError(f'{unknown}, or run this again, which changes nothing where it is') from error
         if all(_is_there(file, there) for file in files) and not there.keys() & set(deleted):
             return now
-        raise UserError(f'--repo {repo}: another commit came meanwhile, and nothing was published; look at it, and run '
-                        'this again') from error
+        raise UserError(f'--repo {repo}: another commit came meanwhile; look whether yours is under it, and run this '
+                        'again if not') from error
 
 
 def _head_after(api: HfApi, repo: str, parent: str, revision: str | None) -> str:
@@ -227,7 +236,8 @@ def upload(run_folder: Path, results: dict[str, Any], comparison: Comparison, re
         How to load it, and its hf_hub_id, a line each.
 
     Raises:
-        UserError: If the Hub can't be reached, or refuses; if a better run is there; if another publisher came first.
+        UserError: If the Hub can't be reached, or refuses; if a better run is there, or one of another kind; if another
+            publisher came first; if the repository is public, and --private is given.
     """
     api = HfApi()
     limit_time(AskingOnce)
@@ -241,8 +251,10 @@ def upload(run_folder: Path, results: dict[str, Any], comparison: Comparison, re
         run_there = _run_there(repo, parent) if 'results.json' in there else {}
         files, deleted, said = _plan(Path(scratch), there, run_there, results, settings)
         for line in said:
-            print(f'{repo}: {line}', file=sys.stderr, flush=True)
+            print(one_line(f'{repo}: {line}', 500), file=sys.stderr, flush=True)
         oid = _commit(api, repo, parent, files, deleted, settings)
+        if oid == parent:
+            print(f'{repo}: holds all of it already, so there is no new commit', file=sys.stderr, flush=True)
     revision = f'@{oid}' if settings.create_pr else f'@{settings.revision}' if settings.revision else ''
     return (f"load it: timm.create_model('hf-hub:{repo}{revision}', pretrained=True)\n"
             f'hf_hub_id: {repo}@{oid}')

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from harness.data.sources import SourceSettings, open_data
 from harness.errors import UserError
+from harness.hub_client import limit_time
 from support.commands import SMALL, assert_same_run, bench, command, read_results, refused, run_here
 from support.data import write_classes, write_parquet
 from support.waiting import wait_until
@@ -79,7 +80,7 @@ def test_train_says_so_before_it_makes_a_folder(hub, tmp_path):
 def patience(monkeypatch):
     """How long the Hub may take for each question that comes first; the tests wait for a fraction of it."""
     asked = []
-    monkeypatch.setattr('timm_sd.download.WAITS', ())
+    monkeypatch.setattr('timm_sd.asking.WAITS', ())
 
     class Impatient(huggingface_hub.HfApi):
         def dataset_info(self, *args, timeout=None, **kwargs):
@@ -91,7 +92,7 @@ def patience(monkeypatch):
 
 def test_what_passes_is_waited_for(hub, pictures, monkeypatch):
     waited = []
-    monkeypatch.setattr('timm_sd.download.time', types.SimpleNamespace(**{**vars(time), 'sleep': waited.append}))
+    monkeypatch.setattr('timm_sd.asking.time', types.SimpleNamespace(**{**vars(time), 'sleep': waited.append}))
     hub.fail(429, 'GET /api/datasets/some/pictures$', times=1, Retry_After='7')
     assert brightness(load_split(SourceSettings('some/pictures'), 'train')) == [0, 10]
     assert waited == [7]
@@ -100,8 +101,18 @@ def test_what_passes_is_waited_for(hub, pictures, monkeypatch):
 @pytest.mark.parametrize('status', [401, 403])
 def test_a_token_that_is_not_accepted_is_named(hub, pictures, status):
     hub.fail(status, X_Error_Message='Invalid credentials in Authorization header')
-    with pytest.raises(UserError, match='log in with: hf auth login'):
+    with pytest.raises(UserError, match='does not accept the token .* log in with hf auth login'):
         load_split(SourceSettings('some/pictures'), 'train')
+
+
+def test_a_stream_goes_on_after_a_stall(pictures, hub, monkeypatch):
+    """As train.py asks: a question that only reads is asked a second time."""
+    monkeypatch.setattr('harness.hub_client.ANSWER_SECONDS', 0.5)
+    limit_time()
+    data = load_split(SourceSettings('some/pictures@old', streaming=True), 'train')
+    hub.fail('silent', 'GET .*resolve', times=1)
+    assert brightness(data) == [0, 10, 20, 30, 40, 50]
+    assert not hub.faults[0].times
 
 
 def test_a_token_of_odd_characters_is_not_printed(hub, pictures, monkeypatch):

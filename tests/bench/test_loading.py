@@ -20,7 +20,7 @@ def cache_folder(monkeypatch, tmp_path):
     """An empty cache of the Hub, for this process and for others."""
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr('timm_sd.download.WAITS', ())
+    monkeypatch.setattr('timm_sd.asking.WAITS', ())
     return tmp_path / 'cache'
 
 
@@ -78,11 +78,12 @@ def test_a_network_of_the_hub(hub, toy_folder, toy_flags, tmp_path, name):
 @pytest.mark.parametrize(('change', 'words'), [
     (NAN, 'fc.bias holds numbers that are not finite'),
     (dict(fc__bias=torch.zeros(4, dtype=torch.int32)), 'fc.bias holds I32, no floating-point numbers'),
+    (dict(config=dict(num_classes=3, model_args=dict(num_classes=4))), 'that of its model_args is 4'),
     (dict(config=dict(num_classes=2 * 10 ** 7)), 'fc.weight has 4 classes, and num_classes is 20000000'),
     (dict(config=dict(model_args=dict(in_chans=10 ** 6))), 'conv1.weight takes 3 channels, and in_chans is 1000000'),
     (dict(config=dict(architecture=None)), 'its config.json names no architecture'),
     (dict(config=dict(architecture='resnet19')), "no model 'resnet19'"),
-], ids=['nan', 'integers', 'classes', 'channels', 'no architecture', 'unknown'])
+], ids=['nan', 'integers', 'model_args', 'classes', 'channels', 'no architecture', 'unknown'])
 def test_what_is_refused_of_the_hub(hub, toy_folder, toy_flags, tmp_path, name, change, words):
     hub.repo('our/toy').commit(files(name, **change))
     for said in refused_by_both(toy_folder, toy_flags, tmp_path, 'hf-hub:our/toy'):
@@ -108,6 +109,27 @@ def test_faults_of_the_hub(hub, toy_folder, toy_flags, tmp_path, name, fault, wh
     hub.fail(fault, where)
     for said in refused_by_both(toy_folder, toy_flags, tmp_path, 'hf-hub:our/toy'):
         assert words in said
+
+
+@pytest.mark.parametrize('name', ['sd_resnet20_cifar', 'resnet18'])
+def test_weights_that_lack_a_layer_are_refused(hub, toy_flags, tmp_path, name):
+    """timm says nothing of them where the data have another number of classes."""
+    of_three = files(name, dict(num_classes=3), fc__weight=state(name)['fc.weight'][:3], fc__bias=torch.zeros(3))
+    tensors = safetensors.torch.load(of_three['model.safetensors'])
+    hub.repo('our/toy').commit(of_three)
+    result = run_here(*train(toy_flags, 'hf-hub:our/toy', tmp_path, '--epochs', '1', '--experiment', 'a'))
+    assert result.returncode == 0, result.stderr
+    del tensors['layer1.0.conv2.weight']
+    hub.repo('our/toy').commit({'model.safetensors': safetensors.torch.save(tensors)})
+    assert 'it has no layer1.0.conv2.weight' in refused(*train(toy_flags, 'hf-hub:our/toy', tmp_path))
+
+
+def test_a_folder_of_pickled_weights_is_checked_too(toy_flags, tmp_path):
+    made = files('resnet18')
+    (tmp_path / 'config.json').write_bytes(made['config.json'])
+    torch.save({**state('resnet18'), 'fc.bias': NAN['fc__bias']}, tmp_path / 'pytorch_model.bin')
+    said = refused(*train(toy_flags, f'local-dir:{tmp_path}', tmp_path / 'output'))
+    assert 'fc.bias holds numbers that are not finite' in said
 
 
 def test_custom_load_is_no_matter_of_ours(hub, toy_folder):

@@ -10,7 +10,7 @@ from support.data import write_parquet
 def test_unreachable_hub_is_one_line(hub, monkeypatch, tmp_path, how):
     if how == 'broken':
         hub.fail(503)
-        monkeypatch.setattr('timm_sd.download.WAITS', ())
+        monkeypatch.setattr('timm_sd.asking.WAITS', ())
     else:
         monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
     said = refused('train.py', '-c', 'cifar10', '--output', tmp_path / 'output')

@@ -45,7 +45,7 @@ def waits(monkeypatch):
     """The seconds between two questions, which no test waits for."""
     waited = []
     clock = types.SimpleNamespace(**{**vars(time), 'sleep': waited.append})
-    for module in ('timm_sd.download', 'harness.upload'):
+    for module in ('timm_sd.asking', 'harness.upload'):
         monkeypatch.setattr(f'{module}.time', clock)
     return waited
 
@@ -208,7 +208,7 @@ def test_the_second_of_two_publishers_is_told(hub, signed_in, run_folder, tmp_pa
     change(run_folder, epoch_seconds=1.)
     hub.before_commit = lambda: publish_meanwhile(other)
     said = refused_with_news('publish.py', run_folder, '--repo', REPO)
-    assert 'another commit came meanwhile, and nothing was published; look at it, and run this again' in said
+    assert 'another commit came meanwhile; look whether yours is under it, and run this again if not' in said
     assert is_of(head(repository(hub)), other)
     to_hub(run_folder, '--repo', REPO)
     assert is_of(head(repository(hub)), run_folder)
@@ -282,11 +282,46 @@ def test_a_run_of_another_kind_is_replaced_when_asked(hub, signed_in, run_folder
     assert is_of(head(repository(hub)), run_folder)
 
 
-@pytest.mark.parametrize('content', [b'{', b'[]', b'{}', b'[' * 10 ** 5, b'\xff'])
-def test_results_that_tell_nothing_stand_in_no_ones_way(hub, signed_in, run_folder, content):
-    hub.repo(REPO).commit({'results.json': content, 'model.safetensors': b'theirs'})
-    to_hub(run_folder, '--repo', REPO)
+@pytest.mark.parametrize('content', [b'{', b'[]', b'{}', b'[' * 10 ** 5, b'\xff', None])
+def test_weights_that_tell_nothing_are_replaced_when_asked(hub, signed_in, run_folder, content):
+    hub.repo(REPO).commit({'.gitattributes': b'', 'results.json': content, 'model.safetensors': b'theirs'})
+    assert 'weights of an unknown run are there: give --overwrite' in refused('publish.py', run_folder, '--repo', REPO)
+    to_hub(run_folder, '--repo', REPO, '--overwrite')
     assert is_of(head(repository(hub)), run_folder)
+
+
+def test_what_is_there_is_told_in_one_line(hub, signed_in, run_folder):
+    results = dict(read_results(run_folder), model='a\x1b[2J\nb', dataset=7)
+    hub.repo(REPO).commit({'results.json': json.dumps(results).encode(), 'model.safetensors': b'x', 'a\nb.bin': b'x'})
+    assert 'another run is there, a [2J b on 7' in refused('publish.py', run_folder, '--repo', REPO)
+    said = to_hub(run_folder, '--repo', REPO, '--overwrite').stderr
+    assert f'{REPO}: removes a b.bin' in said
+    assert '\x1b' not in said
+
+
+def test_what_is_there_already_is_said(hub, signed_in, run_folder):
+    to_hub(run_folder, '--repo', REPO)
+    for args in ([], ['--create-pr']):
+        assert 'holds all of it already, so there is no new commit' in to_hub(run_folder, '--repo', REPO, *args).stderr
+
+
+def test_a_pull_request_waits_for_its_turn(hub, signed_in, run_folder, waits):
+    hub.fail(429, 'POST .*/commit/', times=1, Retry_After='3')
+    to_hub(run_folder, '--repo', REPO, '--create-pr')
+    assert waits == [3]
+
+
+@pytest.mark.parametrize('kind', ['file', 'link'])
+def test_what_is_no_folder_is_left_alone(run_folder, tmp_path, kind):
+    hub = run_folder / 'hub'
+    if kind == 'file':
+        hub.write_text('mine')
+    else:
+        (tmp_path / 'elsewhere').mkdir()
+        hub.symlink_to(tmp_path / 'elsewhere')
+    assert 'is no folder; move it away' in refused('publish.py', run_folder, '--repo', REPO, '--dry-run')
+    assert hub.is_symlink() == (kind == 'link')
+    assert not list(run_folder.glob('.hub*'))
 
 
 def test_what_a_person_wrote_is_kept(hub, signed_in, run_folder):
@@ -426,8 +461,8 @@ def test_each_question_has_the_same_time_limit(hub):
     finally:
         client.event_hooks['request'].pop()
         hub_client.limit_time()
-    assert [set(limit.values()) for limit in limits] == [{25.}, {25.}, {25.}, {3}]
-    assert hub_client.ANSWER_SECONDS == 25
+    assert [set(limit.values()) for limit in limits] == [{20.}, {20.}, {20.}, {3}]
+    assert hub_client.ANSWER_SECONDS == 20
 
 
 @pytest.mark.parametrize('token', ['hf_sécret', 'hf_se cret'])

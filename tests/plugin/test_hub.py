@@ -40,7 +40,7 @@ def waits(monkeypatch):
     """The seconds between two questions, which no test waits for."""
     waited = []
     clock = types.SimpleNamespace(**{**vars(time), 'sleep': waited.append})
-    monkeypatch.setattr('timm_sd.download.time', clock)
+    monkeypatch.setattr('timm_sd.asking.time', clock)
     monkeypatch.setattr('huggingface_hub.file_download.time', clock)
     return waited
 
@@ -115,15 +115,16 @@ def test_where_the_hub_does_not_answer_the_cache_does(hub, load, timeouts, monke
     assert timeouts == [0.2, 0.2]
 
 
-@pytest.mark.parametrize(('constant', 'value'), [
+@pytest.mark.parametrize(('constant', 'value', 'words'), [
     # the port `discard`, where nobody listens
-    ('HUGGINGFACE_CO_URL_TEMPLATE', 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'),
-    ('HF_HUB_OFFLINE', True),
+    ('HUGGINGFACE_CO_URL_TEMPLATE', 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}',
+     'does not answer as it should (ConnectError); try later'),
+    ('HF_HUB_OFFLINE', True, 'HF_HUB_OFFLINE is set, and the cache has no such file'),
 ])
-def test_where_no_hub_is_reached_the_cache_does(hub, load, monkeypatch, constant, value):
+def test_where_no_hub_is_reached_the_cache_does(hub, load, monkeypatch, constant, value, words):
     hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
     monkeypatch.setattr(huggingface_hub.constants, constant, value)
-    assert 'does not answer' in error_of(load)
+    assert words in error_of(load)
     monkeypatch.undo()
     monkeypatch.setenv('TIMM_SD_HUB_ORG', 'our')
     load()
@@ -179,6 +180,20 @@ def test_wrong_files_on_the_hub_are_named(hub, load, files, private, words):
         hub.repo(f'our/{NAME}', private=private).commit(files() if callable(files) else files)
     said = error_of(load)
     assert all(word in said for word in ('model.safetensors', *words)), said
+
+
+def test_what_is_wrong_on_this_machine_is_not_the_hubs_fault(hub, load, tmp_path):
+    hub.repo(f'our/{NAME}').commit({'model.safetensors': good_weights()})
+    (tmp_path / 'cache').write_text('a file')
+    said = error_of(load)
+    assert str(tmp_path / 'cache') in said
+    assert 'try later' not in said
+
+
+def test_an_odd_name_is_none(hub, load):
+    said = error_of(load, pretrained_cfg_overlay=dict(hf_hub_id='a b/c'))
+    assert 'a b/c' in said
+    assert 'try later' not in said
 
 
 def test_missing_revision(hub, load):

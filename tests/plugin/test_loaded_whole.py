@@ -157,7 +157,11 @@ def test_weights_that_are_refused(hub, tmp_path, changed, words):
     (dict(num_classes=10.), 'num_classes is 10.0'),
     (dict(num_classes=None), 'num_classes is None'),
     (dict(model_args=dict(in_chans=0)), 'conv1.weight takes 3 channels, and in_chans is 0'),
-    (dict(model_args=dict(num_classes=4)), 'fc.weight has 10 classes, and num_classes is 4'),  # timm would discard it
+    # timm would discard the classifier
+    (dict(model_args=dict(num_classes=4)), 'num_classes of config.json is 10, and that of its model_args is 4'),
+    (dict(num_classes=4, model_args=dict(num_classes=10)),
+     'num_classes of config.json is 4, and that of its model_args is 10'),
+    (dict(pretrained_cfg=dict(num_classes=4), num_classes=10, model_args=dict(num_classes=4)), 'its model_args is 4'),
     (dict(num_classes=9, pretrained_cfg=dict(classifier=None, first_conv='layer1')), 'fc.weight has 10 classes'),
     (dict(pretrained_cfg=dict(num_classes=10, label_offset=1)), 'fc.weight has 10 classes, and num_classes is 11'),
 ], ids=str)
@@ -194,6 +198,16 @@ def test_what_timm_adapts_is_loaded(hub):
         load(f'hf-hub:{REPO}', **kwargs)
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=3), dict(num_classes=0), dict(features_only=True)], ids=str)
+def test_weights_that_lack_a_layer_are_refused(hub, tmp_path, kwargs):
+    """timm loads in part what it loads without its classifier."""
+    part = {name: x for name, x in state().items() if name != 'layer1.0.conv2.weight'}
+    hub.repo(REPO).commit({'model.safetensors': safetensors.torch.save(part), 'config.json': config()})
+    for name in (NAME, f'hf-hub:{REPO}'):
+        with pytest.raises(RuntimeError, match='layer1.0.conv2.weight'):
+            load(name, **kwargs)
+
+
 def test_weights_of_fewer_bits_are_loaded(hub):
     halves = {name: x.half() if x.is_floating_point() else x for name, x in state().items()}
     hub.repo(REPO).commit({'model.safetensors': safetensors.torch.save(halves)})
@@ -222,7 +236,7 @@ def test_eight_bits_and_tables_of_positions(tmp_path):
 
 @pytest.mark.parametrize('token', ['hf_sécret', 'hf_se\x01cret', 'hf_se cret', 'hf_se\ncr\x7fet'])
 def test_a_token_of_odd_characters_is_not_printed(hub, monkeypatch, token):
-    monkeypatch.setattr('timm_sd.download.get_token', lambda: token)
+    monkeypatch.setattr('timm_sd.asking.get_token', lambda: token)
     said = refused()
     assert 'the token has characters that no token has' in said
     assert 'hf_s' not in said
@@ -246,7 +260,7 @@ def test_a_password_in_the_address_is_not_printed(hub, monkeypatch, fault, tmp_p
     hub.fail(fault, 'GET' if fault == 'truncate' else '')
     monkeypatch.setenv('HF_ENDPOINT', hub.url.replace('//', '//me:tiptop@'))
     monkeypatch.setenv('HF_HOME', str(tmp_path))
-    code = f'import timm_sd.download\ntimm_sd.download.WAITS = (0,)\n{CODE}'
+    code = f'import timm_sd.asking\ntimm_sd.asking.WAITS = (0,)\n{CODE}'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
     assert 'from the Hub' in result.stderr

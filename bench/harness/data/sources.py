@@ -21,7 +21,7 @@ from harness.cli import flag
 from harness.data.folders import as_dataset, find_pictures, fingerprint, split_name
 from harness.errors import UserError, one_line, user_errors
 from harness.launch import from_main_process
-from timm_sd.download import check_token, patiently, status_of
+from timm_sd.asking import LOG_IN, check_token, patiently, status_of
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -94,11 +94,11 @@ def _ask_hub(name: str, revision: str | None) -> str | None:
     except RevisionNotFoundError as error:
         raise UserError(f'data set {name!r} has no revision {revision!r} on the Hub') from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f'no data set {name!r} on the Hub, or it is private; log in with: hf auth login') from error
+        raise UserError(f'no data set {name!r} on the Hub, or it is private; {LOG_IN}') from error
     except (httpx.HTTPError, OSError) as error:  # unreachable, silent, 5xx, or HF_HUB_OFFLINE
         if status_of(error) in (401, 403):
-            raise UserError(f'data set {name!r}: the Hub does not accept the token ({status_of(error)}); log in with: '
-                            'hf auth login') from error
+            raise UserError(
+                f'data set {name!r}: the Hub does not accept the token ({status_of(error)}); {LOG_IN}') from error
         return None
 
 
