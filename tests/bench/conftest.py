@@ -1,5 +1,8 @@
 """Trainings of half a second, for all that doesn't depend on what is trained."""
 import shutil
+import tempfile
+import time
+import types
 
 import pytest
 
@@ -50,3 +53,25 @@ def run_folder(trained, tmp_path):
 @pytest.fixture
 def signed_in(monkeypatch):
     monkeypatch.setenv('HF_TOKEN', Hub.TOKEN)
+
+
+@pytest.fixture
+def scratch(monkeypatch, tmp_path):
+    """Its own cache, and its own folder of temporary files, which is empty at the end."""
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    folder = tmp_path / 'scratch'
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(folder))
+    monkeypatch.setenv('TMPDIR', str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds between two questions, which no test waits for."""
+    waited = []
+    clock = types.SimpleNamespace(**{**vars(time), 'sleep': waited.append})
+    for module in ('timm_sd.asking', 'harness.upload'):
+        monkeypatch.setattr(f'{module}.time', clock)
+    return waited

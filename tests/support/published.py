@@ -1,11 +1,15 @@
 """A finished run on its way to the Hub."""
+import json
+import shutil
+
 import timm
 import torch
 
 from harness.run_folder import RunFolder, read_metadata
-from support.commands import run_here, weights
+from support.commands import read_results, run_here, weights
 
 FILES = {'model.safetensors', 'config.json', 'README.md', 'results.json', 'summary.csv', 'curves.png', 'gates.png'}
+REPO = 'our/sd'
 TRAIN = ['--epochs', '1', '--threads', '1', '--no-amp', '--experiment', 'a', '--output']
 
 
@@ -34,3 +38,32 @@ def assert_loads(name, folder):
     saved = weights(folder)
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[key], state[key]) for key in saved)
+
+def other_run(folder, place, **results):
+    """Another finished run: other weights, and a better or worse error."""
+    shutil.copytree(folder, place)
+    torch.manual_seed(1)
+    change(place, {name: torch.randn_like(x) if x.is_floating_point() else x for name, x in weights(folder).items()},
+           seed=1, **results)
+    return place
+
+
+def repository(hub):
+    return hub.repos['models', REPO]
+
+
+def is_of(files, folder):
+    """Whether weights, results and card are those of a run."""
+    of_results = json.loads(files['results.json'])['seed'] == read_results(folder)['seed']
+    of_weights = files['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
+    of_card = f'| seed | {read_results(folder)["seed"]} |' in files['README.md'].decode()
+    return of_weights and of_results and of_card
+
+
+def refused_with_news(script, *args):
+    """The error of a script that said something before it."""
+    result = run_here(script, *args)
+    assert (result.returncode, result.stdout) == (2, ''), result
+    assert result.stderr.splitlines()[-1].startswith(f'{script}: error: ')
+    assert 'Traceback' not in result.stderr
+    return result.stderr.splitlines()[-1]
