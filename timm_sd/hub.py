@@ -50,6 +50,16 @@ def find(cfg: Any, cache_dir: str | None = None) -> str:
     return download(name, f'{org}/{name}', cache_dir)
 
 
+def _is_timms(cfg: Any) -> bool:
+    """Whether timm is left to load by itself: a state dict, an address, or a folder that holds a pickle alone.
+
+    Of a config.json the other sources count for nothing: it would get its weights past our checks by them.
+    """
+    if cfg.source == 'local-dir':
+        return not Path(cfg.file, FILE).exists()
+    return cfg.source != 'hf-hub' and bool(cfg.state_dict or cfg.url and not cfg.hf_hub_id and not cfg.file)
+
+
 def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's `build_model_with_cfg`, with the weights from a local file; one that doesn't fit is named in one line.
 
@@ -60,14 +70,13 @@ def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwarg
         **kwargs: The entry point's arguments.
 
     Raises:
-        RuntimeError, OSError: If the weights can't be had, see `find`, or don't fit, see `check_weights`.
+        RuntimeError, OSError: If the weights can't be had, see `find`, or can't be used, see `check_weights`.
     """
     if not pretrained:
         return build_model_with_cfg(model_cls, name, False, **kwargs)
     overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
     cfg: Any = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
-    by_config = cfg.source in ('hf-hub', 'local-dir')  # a config.json, which may name other sources in vain
-    if not by_config and (cfg.state_dict or (cfg.url and not cfg.hf_hub_id and not cfg.file)):  # timm's own
+    if _is_timms(cfg):
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     path = find(cfg, kwargs.get('cache_dir'))
     overlay = dict(overlay, file=path, source='timm', state_dict=None, custom_load=False)
@@ -75,8 +84,8 @@ def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwarg
     is_safe = path.endswith('.safetensors')
     try:
         if is_safe:
-            check_weights(path, stored_cfg(config, registered) if by_config and config.exists() else
-                          dataclasses.asdict(cfg))
+            by_config = cfg.source in ('hf-hub', 'local-dir') and config.exists()
+            check_weights(path, stored_cfg(config, registered) if by_config else dataclasses.asdict(cfg))
         model = build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
         if is_safe:
             check_complete(path, model, registered)
