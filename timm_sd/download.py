@@ -29,7 +29,7 @@ from huggingface_hub.utils import httpx, tqdm
 from .asking import LOG_IN, Refused, check_token, hide_password, patiently, status_of
 from .weight_files import checksum
 
-FILE = 'model.safetensors'
+WEIGHTS_FILE = 'model.safetensors'
 TIMEOUT_SECONDS = 1.5  # of the quick question; the client asks twice
 SILENCE_SECONDS = 40.  # in a download; a slow one goes on
 CHUNK_BYTES = 2 ** 18  # by which its progress bar moves; the client's 10 MB are more than most of our files have
@@ -118,7 +118,7 @@ def _check_sum(path: str, etag: str | None) -> None:
                   'load it again when the Hub can be reached')
 
 
-def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = FILE) -> str:
+def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = WEIGHTS_FILE) -> str:
     """The local path of a file of a repository, with the checksum that the Hub names.
 
     A quick question comes first, so a Hub that can't be reached costs a few seconds; then what the cache holds must do.
@@ -158,7 +158,7 @@ def download(name: str, hub_id: str, cache_dir: str | None = None, file: str = F
         path = fetch(force=False)
         try:
             _check_sum(path, etag)
-        except Refused:  # it may have been damaged in the cache
+        except Refused:  # damaged in the cache, or in what several caches share, which `force` replaces
             path = fetch(force=True)
             _check_sum(path, etag)
         return path

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from .download import FILE, download
+from .download import WEIGHTS_FILE, download
 from .weight_files import WeightsError, check_complete, check_weights, stored_cfg
 
 
@@ -38,7 +38,7 @@ def find(cfg: Any, cache_dir: str | None = None) -> str:
     """
     name = _full_name(cfg)
     if cfg.source == 'local-dir':
-        return os.path.join(cfg.file, FILE)
+        return os.path.join(cfg.file, WEIGHTS_FILE)
     if cfg.file and cfg.source != 'hf-hub':
         return cfg.file
     if cfg.hf_hub_id:
@@ -56,7 +56,7 @@ def _is_timms(cfg: Any) -> bool:
     Of a config.json the other sources count for nothing: it would get its weights past our checks by them.
     """
     if cfg.source == 'local-dir':
-        return not Path(cfg.file, FILE).exists()
+        return not Path(cfg.file, WEIGHTS_FILE).exists()
     return cfg.source != 'hf-hub' and bool(cfg.state_dict or cfg.url and not cfg.hf_hub_id and not cfg.file)
 
 
@@ -80,12 +80,12 @@ def build_model(model_cls: type[nn.Module], name: str, pretrained: bool, **kwarg
         return build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
     path = find(cfg, kwargs.get('cache_dir'))
     overlay = dict(overlay, file=path, source='timm', state_dict=None, custom_load=False)
-    registered, config = dataclasses.asdict(resolve_pretrained_cfg(name)), Path(path).with_name('config.json')
+    registered, folder = dataclasses.asdict(resolve_pretrained_cfg(name)), Path(path).parent
     is_safe = path.endswith('.safetensors')
     try:
         if is_safe:
-            by_config = cfg.source in ('hf-hub', 'local-dir') and config.exists()
-            check_weights(path, stored_cfg(config, registered) if by_config else dataclasses.asdict(cfg))
+            by_config = cfg.source in ('hf-hub', 'local-dir') and (folder / 'config.json').exists()
+            check_weights(path, stored_cfg(folder, registered) if by_config else dataclasses.asdict(cfg))
         model = build_model_with_cfg(model_cls, name, True, pretrained_cfg_overlay=overlay, **kwargs)
         if is_safe:
             check_complete(path, model, registered)

@@ -2,15 +2,14 @@
 
 timm asks none of this. It builds whatever config.json asks for, and loads NaN, or the bit patterns of integers.
 """
-import hashlib
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import SafetensorError, safe_open
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 # The buffers that networks keep as integers: batch norm's count, and tables of positions.
@@ -28,11 +27,8 @@ def checksum(path: str, like: str) -> str:
         path: The file.
         like: Such a checksum: the SHA-256 of a large file, 64 digits, or git's of a small one, 40 digits.
     """
-    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b'blob %d\0' % os.path.getsize(path))
     with open(path, 'rb') as file:
-        while chunk := file.read(2 ** 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex() if len(like) == 64 else git_hash(file.read())
 
 
 def check_weights(path: str, cfg: dict[str, Any]) -> None:
@@ -62,31 +58,28 @@ def check_weights(path: str, cfg: dict[str, Any]) -> None:
         raise WeightsError(f'it is no whole safetensors file ({error})') from error
 
 
-def stored_cfg(config_json: Path, registered: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says of the sizes of its weights, for `check_weights`.
+def stored_cfg(folder: Path, registered: dict[str, Any]) -> dict[str, Any]:
+    """What the config.json of a folder says of the sizes of its weights, for `check_weights`.
 
     timm builds by `model_args`, and discards a classifier without a word where the cfg has another number of classes.
 
     Args:
-        config_json: The file.
+        folder: Holds config.json.
         registered: The pretrained_cfg of its architecture, which names the layers.
 
     Raises:
-        WeightsError: If the file can't be read.
+        WeightsError: If the file can't be read, or names two numbers of classes.
     """
     try:
-        config = json.loads(config_json.read_text(encoding='utf-8'))
-        cfg = config.get('pretrained_cfg', config)
-        args = config.get('model_args') or {}
-        classes = {**registered, **cfg, **config}['num_classes']
-        found = dict(registered, label_offset=cfg.get('label_offset'), num_classes=classes)
+        cfg, _, args = load_model_config_from_path(folder)
+        classes = cfg.get('num_classes', registered.get('num_classes'))
         built = args.get('num_classes', classes)
-        channels = args.get('in_chans', (cfg.get('input_size') or (3,))[0])
     except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
-        raise WeightsError(f'{config_json.name} can not be read ({type(error).__name__}: {error})') from error
+        raise WeightsError(f'config.json can not be read ({type(error).__name__}: {error})') from error
     if built != classes:
-        raise WeightsError(f'num_classes of {config_json.name} is {classes}, and that of its model_args is {built}')
-    return dict(found, input_size=(channels,))
+        raise WeightsError(f'num_classes of config.json is {classes}, and that of its model_args is {built}')
+    return dict(registered, label_offset=cfg.get('label_offset'), num_classes=classes,
+                input_size=cfg.get('input_size'))
 
 
 def check_complete(path: str, model: nn.Module, cfg: dict[str, Any], renamed: bool = False) -> None:

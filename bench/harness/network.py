@@ -13,7 +13,7 @@ from torch import nn
 import timm_sd
 from harness.cli import KEY_VALUES, drop_rate, flag
 from harness.errors import UserError, nearest, user_errors
-from timm_sd.download import FILE, download
+from timm_sd.download import WEIGHTS_FILE, download
 from timm_sd.probe import drop_path_slots
 from timm_sd.weight_files import check_complete, check_finite, check_weights, stored_cfg
 
@@ -77,11 +77,11 @@ def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:
             download(name, f'{place.partition("@")[0]}@{folder.name}')  # of the same commit: into the same folder
         source, place = 'local-dir', str(folder)
     if source:
-        weights = Path(place, FILE)
+        weights = Path(place, WEIGHTS_FILE)
         architecture = load_model_config_from_path(place)[1]
         if pretrained and weights.exists() and not is_ours(architecture):
             cfg: Any = timm.get_pretrained_cfg(architecture)
-            check_weights(str(weights), stored_cfg(Path(place, 'config.json'), cfg.to_dict()))
+            check_weights(str(weights), stored_cfg(Path(place), cfg.to_dict()))
         return f'{source}:{place}', {}
     cfg = timm.get_pretrained_cfg(name)
     if not pretrained or is_ours(name) or cfg is None or not cfg.hf_hub_id or cfg.hf_hub_filename or cfg.custom_load:
@@ -91,15 +91,15 @@ def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:
     return name, dict(pretrained_cfg_overlay=dict(file=path))
 
 
-def is_ours(architecture: Any) -> bool:
+def is_ours(architecture: str) -> bool:
     """Whether it is a network of this package: it checks its weights by itself, and takes the method as arguments."""
-    return isinstance(architecture, str) and architecture.startswith('sd_')
+    return architecture.startswith('sd_')
 
 
 def check_loaded(model: Any) -> None:
     """Raises WeightsError unless all weights of a pretrained network came, as finite numbers."""
     place = Path(model.pretrained_cfg.get('file') or 'none')
-    weights = place / FILE if place.is_dir() else place
+    weights = place / WEIGHTS_FILE if place.is_dir() else place
     if weights.suffix == '.safetensors' and weights.exists():
         check_complete(str(weights), model, model.pretrained_cfg, renamed=True)
     check_finite(model.state_dict().items())  # whatever they were read from

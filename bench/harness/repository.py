@@ -44,7 +44,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
     if 'data' not in results:
         raise UserError(f'{run_folder} does not say what its data was: an older version wrote it, which guessed; '
                         'train it again')
-    results['weights_sha256'] = run.check_weights(results)
+    results['weights_sha256'] = run.check_one_run(results)
     results['model'] = registered_name(results['model'])  # it may be hf-hub:ORG/NAME
     if results['blocks'] is None or method_of(results)[0] != 'batch':
         raise UserError(f'{run_folder} was not trained with whole blocks dropped; a card would say so')

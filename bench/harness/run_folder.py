@@ -179,7 +179,7 @@ class RunFolder:
         write_atomic(self.path / 'model.safetensors', content)
         return hashlib.sha256(content).hexdigest()
 
-    def check_weights(self, results: dict[str, Any]) -> str:
+    def check_one_run(self, results: dict[str, Any]) -> str:
         """Checks that model.safetensors is whole and finite, and of the run that results.json tells.
 
         Args:

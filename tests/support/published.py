@@ -39,6 +39,7 @@ def assert_loads(name, folder):
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[key], state[key]) for key in saved)
 
+
 def other_run(folder, place, **results):
     """Another finished run: other weights, and a better or worse error."""
     shutil.copytree(folder, place)
