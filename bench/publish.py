@@ -59,7 +59,7 @@ def compare(results: dict[str, Any]) -> Comparison:
     mode, schedule, scale = method_of(results)
     depth_and_tag = numbers.depth_and_tag(name)
     return Comparison(
-        paper=numbers.errors_of(name, augment=bool(args['crop_padding'] or args['hflip'])),
+        paper=numbers.errors_of(name, augment=bool(args.get('aug', True) and (args['crop_padding'] or args['hflip']))),
         public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
         recipe_of=whose_recipe(results), epochs=(read_recipe(recipe) if is_packaged(recipe) else results)['epochs'],
         changed={flag: value for flag, value in changed_by_run(results).items() if flag not in SAID_ELSEWHERE},

@@ -9,20 +9,26 @@ import json
 import sys
 import textwrap
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from harness.cli import make_settings, run_script
+from harness.data.mixing import make_mix
 from harness.data.splits import load_splits, make_batches
 from harness.errors import UserError
 from harness.graphs import check_recordable
 from harness.launch import LaunchSettings, describe_processes, join_processes
-from harness.network import build_network, first_branch_weight, registered_name
-from harness.optimizer import build_optimizer
-from harness.recipes import TrainFlags, group_flags, parse_train_flags
+from harness.loss import make_loss
+from harness.machine import code_digest, precision, versions
+from harness.network import build_network, check_initial_classes, digest_of, first_branch_weight, registered_name
+from harness.optimizer import build_optimizer, make_clip
+from harness.ranks import check_same, from_main_process
+from harness.recipes import TrainFlags, default_flags, group_flags, parse_train_flags
 from harness.results import closing_lines, finish, last_drop_rate
 from harness.resume import open_run_folder
+from harness.tracking import TrackingSettings, check_trackers, start_trackers
 from harness.training import Trainer
 
 
@@ -35,6 +41,9 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     channels, seed = flags.network.channels, flags.training.seed
     data = load_splits(flags.source, flags.splits, flags.images, accelerator, channels,
                        progress=accelerator.is_main_process and sys.stderr.isatty())
+    check_same(accelerator, {f'{key} of the data': value for key, value in data.record['data'].items()
+                             if key != 'folder'})  # each machine may have its own name for it
+    check_initial_classes(flags.network, data.class_names)
     torch.manual_seed(seed)
     model = build_network(flags.network, flags.depth, len(data.class_names), seed,
                           img_size=flags.images.img_size).to(accelerator.device)
@@ -43,20 +52,24 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     if flags.images.batch_size == 1 and any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         raise UserError('--batch-size 1 gives batch norm one image, which has no variance; give 2 or more')
     if flags.training.cuda_graphs:
-        check_recordable(model, flags.depth, flags.images.in_memory, accelerator)
+        check_recordable(model, flags.depth, flags.images.in_memory, accelerator, flags.network.amp_dtype)
+    if flags.network.sync_bn and accelerator.device.type == 'cpu':
+        raise UserError('--sync-bn: torch has it on GPUs alone; leave it out')
     evaluated = replace(flags.images, batch_size=flags.splits.validation_batch_size or flags.images.batch_size)
     batches = {name: make_batches(images, flags.images if name == 'train' else evaluated, model.pretrained_cfg,
                                   accelerator, flags.augmentation if name == 'train' else None, seed, channels,
                                   flags.splits.epoch_size)
                for name, images in data.images.items()}
-    optimizer, scheduler = build_optimizer(flags.optimizer, model, len(batches['train']))
+    mix = make_mix(flags.augmentation, batches['train'], len(data.class_names), flags.loss.smoothing)
+    loss, clip = make_loss(flags.loss), make_clip(flags.optimizer)
+    optimizer, scheduler, epochs = build_optimizer(flags.optimizer, model, len(batches['train']))
     watched = first_branch_weight(model) if flags.training.log_gradients else None
     size = flags.images.img_size or model.pretrained_cfg['input_size'][-1]
-    folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}')
+    folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}', default_flags())
     return Trainer(
-        settings=flags.training, epochs=flags.optimizer.epochs, model=model, optimizer=optimizer, scheduler=scheduler,
-        batches=batches, accelerator=accelerator, amp=flags.record['amp'], folder=folder, data=data,
-        watched=watched)
+        settings=flags.training, epochs=epochs, model=model, optimizer=optimizer, scheduler=scheduler, batches=batches,
+        accelerator=accelerator, amp=flags.record['amp'], amp_dtype=flags.record['amp_dtype'], folder=folder,
+        data=data, watched=watched, loss=loss, mix=mix, clip=clip)
 
 
 def header(trainer: Trainer, flags: TrainFlags) -> str:
@@ -70,8 +83,8 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
         depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'
     names = trainer.data.class_names
     sizes = '/'.join(str(batches.images or '?') for batches in trainer.batches.values())
-    return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), {"bf16" if trainer.amp else "fp32"}'
-            f'{", channels_last" if network.channels_last else ""}'
+    return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), '
+            f'{precision(trainer.amp, trainer.amp_dtype)}{", channels_last" if network.channels_last else ""}'
             f'{", CUDA graphs" if flags.training.cuda_graphs else ""} | '
             f'{describe_processes(trainer.accelerator)} x batch {flags.images.batch_size} | {network.model}'
             f'{f" (compiled {flags.depth.compile})" if flags.depth.compile else ""} | '
@@ -79,18 +92,33 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
             + textwrap.shorten(f'{len(names)} classes: {", ".join(names)}', 120, placeholder=' ...'))
 
 
+def check_ranks(flags: dict[str, Any], accelerator: Accelerator) -> None:
+    """Raises UserError if the processes were not started with the same flags, or with the same code."""
+    # What may be a machine's own. Files are compared by what they hold, and workers share out a stream.
+    own = {'output', 'experiment', 'resume', 'threads', 'config', 'data_dir', 'dataset', 'initial_checkpoint',
+           *([] if flags['streaming'] else ['workers'])}
+    same = {f'--{key.replace("_", "-")}': value for key, value in flags.items() if key not in own}
+    packages = {key: version for key, version in versions().items() if key != 'python'}
+    check_same(accelerator, {**same, **packages, "timm-sd's code": code_digest()})
+
+
 def main() -> None:
     """Parses, checks everything, and only then makes the run folder and trains."""
     args = parse_train_flags()
     registered_name(args.model)
+    check_trackers(make_settings(TrackingSettings, args))
     accelerator = join_processes(make_settings(LaunchSettings, args))
+    args.initial_sha256 = digest_of(args.initial_checkpoint)  # recorded: a resumed run is of the same weights
+    check_ranks(vars(args), accelerator)
+    args.amp_dtype = args.amp_dtype or 'bfloat16'
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
     trainer = build_trainer(flags, accelerator)
-    results = trainer.folder.read_results()
+    results = from_main_process(accelerator, trainer.folder.read_results)
     if results is None:
         if accelerator.is_main_process:
             print(header(trainer, flags), file=sys.stderr, flush=True)
+        start_trackers(flags.tracking, accelerator, trainer.folder.path, flags.record)
         trainer.train(resume=flags.folder.resume is not None)
         results = finish(trainer, flags)
     if accelerator.is_main_process:

@@ -83,6 +83,7 @@ def number(kind: type[Number], low: float = -math.inf, high: float = math.inf) -
 
 positive_int, non_negative_int = number(int, 1), number(int, 0)
 finite, non_negative, unit_interval = number(float), number(float, 0), number(float, 0, 1)
+positive = number(float, 1e-6)
 
 
 def drop_rate(text: str) -> float:
@@ -117,19 +118,51 @@ KEY_VALUES: dict[str, Any] = dict(nargs='*', type=key_value, action=KeyValues, m
 # --- flags from dataclasses
 
 
-def flag(default: Any, help: str, short: str | None = None, **options: Any) -> Any:
+def flag(default: Any, help: str, short: str | None = None, needs: str = '', **options: Any) -> Any:
     """A field of a settings dataclass that is a flag too.
 
     Args:
         default: Of the field and the flag. A bool makes the pair --flag and --no-flag.
         help: What the field means.
         short: Another name of the flag, such as '-b'.
+        needs: Other flags, without which this one would do nothing: 'in_memory aug' is both, 'mixup|cutmix' one of
+            them, 'no_in_memory' that it is off. See `unmet`.
         **options: Of argparse's `add_argument`.
     """
     if isinstance(default, bool):
         options['action'] = argparse.BooleanOptionalAction
+    if needs:
+        help = f'{help}; with {" ".join(map(_in_words, needs.split()))}'
     return dataclasses.field(default_factory=lambda: copy.copy(default),
-                             metadata=dict(options, help=help, short=short, default=default))
+                             metadata=dict(options, help=help, short=short, needs=needs, default=default))
+
+
+def _in_words(need: str) -> str:
+    """'mixup|cutmix' as --mixup or --cutmix."""
+    return ' or '.join(f'--{name.replace("_", "-")}' for name in need.split('|'))
+
+
+def unmet(flags: dict[str, Any], *classes: type) -> dict[str, str]:
+    """The flags that would do nothing, and each time the flag that they lack.
+
+    Args:
+        flags: All flags, by name.
+        *classes: Their settings dataclasses.
+    """
+    needs = {field.name: field.metadata['needs'].split() for cls in classes for field in dataclasses.fields(cls)}
+    found: dict[str, str] = {}
+
+    def is_on(name: str) -> bool:
+        positive = name.removeprefix('no_')
+        return (bool(flags[positive]) and positive not in found) == (name == positive)
+
+    for _ in needs:  # what needs a flag that does nothing does nothing too
+        before = len(found)
+        found.update({name: _in_words(need) for name, of_name in needs.items() for need in of_name
+                      if not any(map(is_on, need.split('|')))})
+        if len(found) == before:
+            break
+    return found
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
@@ -138,7 +171,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
         group = parser.add_argument_group((cls.__doc__ or '').splitlines()[0].rstrip('.'))
         for field in dataclasses.fields(cls):
             options = dict(field.metadata)
-            short = options.pop('short')
+            short, _ = options.pop('short'), options.pop('needs')
             names = [short] if short else []
             group.add_argument(*names, f'--{field.name.replace("_", "-")}', **options)
 

@@ -2,7 +2,7 @@
 import timeit
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,15 +14,17 @@ from torch import nn
 from tqdm import tqdm
 
 from harness.data.batches import Batches
+from harness.data.mixing import Mix
 from harness.errors import UserError
+from harness.loss import Loss, make_loss
 
 Autocast = Callable[[], AbstractContextManager]
 SeeBatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def autocast(device: torch.device, enabled: bool, cache: bool = True) -> Autocast:
-    """What to run the forward pass in: bf16 autocast, or nothing. `cache` keeps the bf16 weights during a pass."""
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
+def autocast(device: torch.device, enabled: bool, cache: bool = True, dtype: str = 'bfloat16') -> Autocast:
+    """What to run the forward pass in: autocast, or nothing. `cache` keeps the cast weights during a pass."""
+    return lambda: torch.autocast(device.type, getattr(torch, dtype), enabled=enabled, cache_enabled=cache)
 
 
 @torch.no_grad()
@@ -53,26 +55,26 @@ class TrainStep:
         optimizer: Its optimiser, likewise.
         accelerator: Says who we are among the processes.
         amp: See `autocast`.
-        smoothing: Label smoothing.
+        loss: See `make_loss`.
         grad_accum_steps: Batches an update. Each has gates of its own; gradients are exchanged once an update.
+        clip: Clips the gradient that an update moves the parameters by.
+        scaler: Of the loss, where autocast is float16's, whose small gradients would be zero.
     """
     model: nn.Module
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
     amp: Autocast
-    smoothing: float = 0.
+    loss: Loss = field(default_factory=make_loss)
     grad_accum_steps: int = 1
-
-    def loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """The sum of the losses of logits (B, classes), in fp32."""
-        return F.cross_entropy(logits.float(), target, reduction='sum', label_smoothing=self.smoothing)
+    clip: Callable[[nn.Module], None] | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
 
     def backward(self, x: torch.Tensor, target: torch.Tensor, images: int, is_update: bool) -> torch.Tensor:
         """Adds the gradient of one batch to that of its update.
 
         Args:
             x: This process's images, (B, C, H, W).
-            target: Their labels, (B,).
+            target: Their labels, (B,), or targets, (B, classes).
             images: Images in the update, of all processes and of the batches it accumulates.
             is_update: Whether this is the update's last batch, after which the processes exchange gradients.
 
@@ -84,12 +86,20 @@ class TrainStep:
                 logits = self.model(x)
             loss = self.loss(logits, target)
             # DDP averages over processes, whose shares of the last batch may differ: divide by all images here.
-            self.accelerator.backward(loss * (self.accelerator.num_processes / images))
+            self.accelerator.backward(self.scaler.scale(loss * (self.accelerator.num_processes / images)))
         return loss.detach()
 
     def update(self) -> None:
         """Moves the parameters by the gradient, and clears it."""
-        self.optimizer.step()
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.clip(self.model)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.clear()
+
+    def clear(self) -> None:
+        """Clears the gradient."""
         self.optimizer.zero_grad()
 
 
@@ -100,7 +110,9 @@ def train_epoch(
         epoch: int,
         bar: tqdm,
         log_interval: int,
+        mix: Mix | None = None,
         before_update: Callable[[int], None] | None = None,
+        after_update: Callable[[int], None] | None = None,
         see_first_batch: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> float:
     """Trains one epoch.
@@ -112,8 +124,11 @@ def train_epoch(
         epoch: From 0, for the scheduler.
         bar: The progress bar of the run, which counts images.
         log_interval: Steps between updates of the progress bar, each of which waits for the device once.
+        mix: What is done to each batch on the device.
         before_update: Called with the number of the update in this epoch, from 0, when its gradient is there.
-        see_first_batch: Called with this process's first images (B, C, H, W) and their labels (B,), before their step.
+        after_update: Likewise, when the parameters are moved.
+        see_first_batch: Called with this process's first images (B, C, H, W) and their labels (B,) or targets (B,
+            classes), before their step.
 
     Returns:
         The mean training loss of this epoch over all processes.
@@ -123,6 +138,8 @@ def train_epoch(
     for number, (x, target, size) in enumerate(batches):
         update, place = divmod(number, step.grad_accum_steps)
         is_update = place + 1 == step.grad_accum_steps or number + 1 == len(batches)
+        if mix is not None:
+            x, target = mix(x, target, number, size)
         if number == 0 and see_first_batch is not None:
             see_first_batch(x, target)
         loss_sum += step.backward(x, target, batches.images_of_update(number, step.grad_accum_steps), is_update)
@@ -130,6 +147,8 @@ def train_epoch(
             if before_update is not None:
                 before_update(update)
             step.update()
+            if after_update is not None:
+                after_update(update)
         scheduler.step_update(epoch * len(batches) + number + 1)
         images += len(target)
         if (number + 1) % log_interval == 0:

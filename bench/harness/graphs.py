@@ -154,7 +154,7 @@ class Recording:
     Args:
         step: Whose network, loss and autocast it takes.
         x: Images of the shape, (B, C, H, W).
-        target: Labels of the shape, (B,).
+        target: Labels or targets of the shape, (B,) or (B, classes).
     """
 
     def __init__(self, step: 'RecordedStep', x: torch.Tensor, target: torch.Tensor) -> None:
@@ -278,21 +278,22 @@ class RecordedStep(TrainStep):
             tensor.copy_(before)
         return recording
 
-    def update(self) -> None:
-        self.optimizer.step()
+    def clear(self) -> None:
         self.gradient.zero_()  # not the optimiser's zero_grad, which would take the gradients away
 
 
 def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, amp: bool,
-              cuda_graphs: bool, smoothing: float = 0., grad_accum_steps: int = 1) -> TrainStep:
-    """A training step, eager or recorded; `amp` is bf16 autocast, and the rest are the attributes of `TrainStep`."""
-    # A bf16 weight that autocast keeps would be that of the recording.
-    context = autocast(accelerator.device, amp, cache=not cuda_graphs)
+              cuda_graphs: bool, amp_dtype: str = 'bfloat16', **kwargs: Any) -> TrainStep:
+    """A training step, eager or recorded; `amp` is autocast to `amp_dtype`, the rest are attributes of `TrainStep`."""
+    # A weight that autocast keeps would be that of the recording.
+    context = autocast(accelerator.device, amp, cache=not cuda_graphs, dtype=amp_dtype)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=amp and amp_dtype == 'float16')
     kind = RecordedStep if cuda_graphs else TrainStep
-    return kind(model, optimizer, accelerator, context, smoothing, grad_accum_steps)
+    return kind(model, optimizer, accelerator, context, scaler=scaler, **kwargs)
 
 
-def check_recordable(model: nn.Module, depth: DepthSettings, in_memory: bool, accelerator: Accelerator) -> None:
+def check_recordable(model: nn.Module, depth: DepthSettings, in_memory: bool, accelerator: Accelerator,
+                     amp_dtype: str | None = None) -> None:
     """Raises UserError unless `RecordedStep` computes what `TrainStep` does."""
     gates, device = timm_sd.depth_gates(model), accelerator.device.type
     refused = {
@@ -304,6 +305,7 @@ def check_recordable(model: nn.Module, depth: DepthSettings, in_memory: bool, ac
         '--compile model, only --compile blocks': depth.compile == 'model',
         f'--torchcompile-mode {depth.torchcompile_mode}': depth.torchcompile_mode not in (None, 'default'),
         '--no-in-memory': not in_memory,
+        '--amp-dtype float16': amp_dtype == 'float16',  # whose scaler replaces the gradient of the loss by its own
         'dropout (drop_rate)': bool(getattr(model, 'drop_rate', 0.)),
         'frozen parameters': not all(param.requires_grad for param in model.parameters()),
         'SyncBatchNorm': any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()),

@@ -1,12 +1,10 @@
 """How many processes train together, and with how many threads."""
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from harness.cli import flag, positive_int
 from harness.errors import UserError
@@ -28,20 +26,6 @@ def describe_processes(accelerator: Accelerator) -> str:
     together, started = accelerator.num_processes, int(os.environ.get('WORLD_SIZE', '1'))
     apart = f' (of {started} started, which know nothing of each other: see README, Several processes)'
     return f'{together} process{"es" if together > 1 else ""}{apart if started > together else ""}'
-
-
-def from_main_process(accelerator: Accelerator, make: Callable[[], Made]) -> Made:
-    """What `make` gives in the main process, in all of them; its UserError is raised in all."""
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [make()]
-        except UserError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
 
 
 def make_accelerator() -> Accelerator:

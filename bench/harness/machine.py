@@ -1,4 +1,5 @@
 """What a figure was measured on and with."""
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -16,8 +17,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def hardware(accelerator: Accelerator, amp: bool) -> dict[str, Any]:
-    """Device, cores, processes, threads of each, and whether the precision is bf16."""
+def hardware(accelerator: Accelerator, amp: bool, amp_dtype: str = 'bfloat16') -> dict[str, Any]:
+    """Device, cores, processes, threads of each, whether autocast was on, and its type where it isn't bfloat16."""
     if accelerator.device.type == 'cuda':
         device = torch.cuda.get_device_name(accelerator.device)
     else:
@@ -26,7 +27,19 @@ def hardware(accelerator: Accelerator, amp: bool) -> dict[str, Any]:
         names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
         device = f'{names[0] if names else platform.machine()}, {cores()} cores'
     return dict(device=device, cores=cores(), processes=accelerator.num_processes, threads=torch.get_num_threads(),
-                amp=amp)
+                amp=amp, **(dict(amp_dtype=amp_dtype) if amp and amp_dtype != 'bfloat16' else {}))
+
+
+def precision(amp: bool, amp_dtype: str = 'bfloat16') -> str:
+    """The short name of what is computed in."""
+    return dict(bfloat16='bf16', float16='fp16')[amp_dtype] if amp else 'fp32'
+
+
+def code_digest() -> str:
+    """A digest of this package's and the harness's source files: two clones may be of one version and differ."""
+    folders = Path(timm_sd.__file__).parent, Path(__file__).parent
+    files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob('*.py'))
+    return hashlib.sha256(b''.join(name.encode() + path.read_bytes() for name, path in files)).hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:

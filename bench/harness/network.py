@@ -1,21 +1,25 @@
 """The network that the flags name, with stochastic depth added where it is one of timm's own."""
 import argparse
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import parse_model_name
+from timm.layers import convert_sync_batchnorm
+from timm.models import load_checkpoint, parse_model_name
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_sd
 from harness.cli import KEY_VALUES, drop_rate, flag
 from harness.errors import UserError, nearest, user_errors
+from harness.run_folder import read_metadata
 from timm_sd.download import WEIGHTS_FILE, download
 from timm_sd.probe import drop_path_slots
-from timm_sd.weight_files import check_complete, check_finite, check_weights, stored_cfg
+from timm_sd.weight_files import check_complete, check_finite, check_weights, checksum, stored_cfg
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,14 @@ class NetworkSettings:
     """Network."""
     model: str = flag('sd_resnet110_cifar', "timm's name of the network")
     pretrained: bool = flag(False, 'start from the published weights')
+    initial_checkpoint: str | None = flag(None, 'file of weights to start from, such as model.safetensors of a run')
     model_kwargs: dict[str, Any] = flag({}, "more arguments of timm's create_model", **KEY_VALUES)
-    amp: bool | None = flag(None, 'bf16 autocast; None: as the run was begun, or if faster',
+    drop: float | None = flag(None, 'dropout in front of the classifier', type=drop_rate)
+    sync_bn: bool = flag(False, 'batch norm over all processes, on GPUs')
+    amp: bool | None = flag(None, 'autocast; None: as the run was begun, or if faster',
                             action=argparse.BooleanOptionalAction)
+    amp_dtype: str | None = flag(None, "of autocast (default: bfloat16, or the launcher's)",
+                                 choices=('bfloat16', 'float16'))
     channels_last: bool = flag(True, 'use the channels_last memory layout')
 
     @property
@@ -146,6 +155,36 @@ def check_size(model: Any, network: NetworkSettings, img_size: int | None) -> No
         model.train(training)
 
 
+def load_initial(model: nn.Module, file: str) -> None:
+    """Loads --initial-checkpoint, safetensors or a checkpoint of timm's, as timm does.
+
+    Raises:
+        UserError: If it can't be read, is of another network, or isn't finite.
+    """
+    with user_errors(f'--initial-checkpoint {file} can not be used'):
+        load_checkpoint(model, file, weights_only=True)
+        check_finite(model.state_dict().items())
+
+
+def digest_of(file: str | None) -> str | None:
+    """The SHA-256 of --initial-checkpoint, if one is given."""
+    if file is None:
+        return None
+    with user_errors(f'--initial-checkpoint {file} can not be read'):
+        return checksum(file, like='0' * 64)
+
+
+def check_initial_classes(network: NetworkSettings, class_names: Sequence[str]) -> None:
+    """Raises UserError if --initial-checkpoint says that it counts its classes by other names than the data's."""
+    file = network.initial_checkpoint
+    theirs = json.loads(read_metadata(file).get('label_names', 'null')) if file else None
+    if theirs is not None and list(theirs) != list(class_names):
+        raise UserError(f'--initial-checkpoint {file} knows the {len(theirs)} classes {", ".join(theirs[:3])} ..., and '
+                        f'the data has the {len(class_names)} classes {", ".join(class_names[:3])} ...; publish.py '
+                        '--dry-run makes of its run a folder for --model local-dir:FOLDER --pretrained, which takes '
+                        'all weights but the classifier')
+
+
 def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: int, seed: int,
                   img_size: int | None = None) -> Any:
     """Builds the network and adds what the flags say of stochastic depth.
@@ -169,11 +208,17 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
             kwargs.update({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
             if depth.drop_path is not None:
                 kwargs['drop_path_rate'] = depth.drop_path
+        if network.drop is not None:
+            kwargs['drop_rate'] = network.drop
         model: Any = timm.create_model(local, pretrained=network.pretrained, num_classes=num_classes, **kwargs,
                                        **dict(size_kwargs(name, img_size), **network.model_kwargs))
         if network.pretrained:
             check_loaded(model)
         check_size(model, network, img_size)
+        if network.initial_checkpoint:
+            load_initial(model, network.initial_checkpoint)
+        if network.sync_bn:
+            model = convert_sync_batchnorm(model)
         if not is_ours(name) and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)
         if depth.grad_checkpointing:

@@ -1,14 +1,17 @@
 """timm's optimiser and learning rate schedule, as the flags say."""
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import dispatch_clip_grad
 from torch import nn
 
-from harness.cli import flag, non_negative, non_negative_int, positive_int, unit_interval
+from harness.cli import KEY_VALUES, flag, non_negative, non_negative_int, positive, positive_int, unit_interval
 from harness.errors import UserError, user_errors
 
 # timm's schedules that follow from the epoch alone, so that a resume needs nothing else.
@@ -23,8 +26,15 @@ class OptimizerSettings:
     opt: str = flag('sgd', "timm's name; its sgd is Nesterov")
     lr: float = flag(0.1, 'learning rate', type=non_negative)
     momentum: float = flag(0.9, 'of the optimiser', type=unit_interval)
+    opt_eps: float | None = flag(None, "epsilon (default: the optimiser's)", type=non_negative)
+    opt_betas: list[float] | None = flag(None, "betas (default: the optimiser's)", type=unit_interval, nargs='+')
+    opt_kwargs: dict[str, Any] = flag({}, 'more arguments of the optimiser', **KEY_VALUES)
     weight_decay: float = flag(1e-4, 'weight decay', type=non_negative)
     filter_bias_and_bn: bool = flag(False, 'no weight decay on biases and BN (the paper decays all)')
+    layer_decay: float | None = flag(None, 'the learning rate of each layer over that of the next', type=positive)
+    clip_grad: float | None = flag(None, 'largest norm, value or factor of the gradient', type=positive)
+    clip_mode: str = flag('norm', "what --clip-grad means; agc is timm's adaptive clipping",
+                          choices=('norm', 'value', 'agc'), needs='clip_grad')
     epochs: int = flag(500, 'epochs to train', type=positive_int)
     sched: str = flag('multistep', "timm's name of the schedule", choices=LR_SCHEDULES)
     sched_on_updates: bool = flag(False, 'step the schedule every update')
@@ -35,6 +45,9 @@ class OptimizerSettings:
     warmup_epochs: int = flag(0, 'epochs of warm-up', type=non_negative_int)
     warmup_lr: float = flag(1e-5, 'learning rate at its start', type=non_negative)
     warmup_constant: bool = flag(False, 'stay at --warmup-lr instead of climbing from it')
+    warmup_prefix: bool = flag(False, 'train --warmup-epochs before --epochs, not as the first of them',
+                               needs='warmup_epochs')
+    cooldown_epochs: int = flag(0, 'epochs after --epochs, at the last learning rate', type=non_negative_int)
 
     def __post_init__(self) -> None:
         steps = self.decay_milestones
@@ -42,21 +55,36 @@ class OptimizerSettings:
             raise UserError(f'--decay-milestones {" ".join(map(str, steps))} must rise, each above the one before it')
 
 
-def build_optimizer(
-        settings: OptimizerSettings, model: nn.Module, updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
-    """timm's optimiser and schedule.
+def build_optimizer(settings: OptimizerSettings, model: nn.Module,
+                    updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any, int]:
+    """timm's optimiser and schedule, and the epochs of the whole training, with warm-up and cool-down.
 
     Raises:
         UserError: If one is unknown, or a setting doesn't suit it.
     """
-    # One kernel updates all 330 tensors of 110 layers, in half the time of one kernel each.
-    fused: dict[str, Any] = dict(fused=True) if settings.opt in FUSED else {}
+    given = dict(eps=settings.opt_eps, betas=settings.opt_betas and tuple(settings.opt_betas),
+                 layer_decay=settings.layer_decay)
+    kwargs: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if settings.opt in FUSED:  # one kernel updates all 330 tensors of 110 layers, in half the time of one kernel each
+        kwargs['fused'] = True
     with user_errors(f'--opt {settings.opt}, --sched {settings.sched}'):
+        info = get_optimizer_info(settings.opt)
+        for key, is_known in (('eps', info.has_eps), ('betas', info.has_betas)):
+            if key in kwargs and not is_known:  # timm leaves it out without a word
+                raise UserError(f'--opt-{key}: --opt {settings.opt} has none; leave it out')
         optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
-            filter_bias_and_bn=settings.filter_bias_and_bn, **fused)
-        scheduler, _ = create_scheduler_v2(
+            filter_bias_and_bn=settings.filter_bias_and_bn, **dict(kwargs, **settings.opt_kwargs))
+        scheduler, epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(settings))
     if settings.warmup_constant:  # timm has no such warm-up: its own climbs by warmup_steps
         scheduler.warmup_steps = [0.] * len(optimizer.param_groups)
-    return optimizer, scheduler
+    return optimizer, scheduler, epochs
+
+
+def make_clip(settings: OptimizerSettings) -> Callable[[nn.Module], None] | None:
+    """What --clip-grad does to the gradients of a network, by timm; agc leaves the classifier alone, as timm does."""
+    value, mode = settings.clip_grad, settings.clip_mode
+    if value is None:
+        return None
+    return lambda model: dispatch_clip_grad(model_parameters(model, exclude_head=mode == 'agc'), value, mode)

@@ -38,17 +38,28 @@ def _show(axes: Axes, image: torch.Tensor, title: str) -> None:
     axes.set_axis_off()
 
 
+def _title(label: torch.Tensor, class_names: Sequence[str]) -> str:
+    """The class of a label, (), or the two largest of a target, (classes,), of a mixed image."""
+    if label.ndim == 0:
+        return _short(class_names[int(label)], 24)
+    (first, second), numbers = label.topk(2)
+    if first - second > 0.9:
+        return _short(class_names[int(numbers[0])], 24)
+    return '\n'.join(f'{_short(class_names[int(number)], 18)} {100 * share:.0f} %'
+                     for number, share in zip(numbers, (first, second), strict=True))
+
+
 def save_samples(x: torch.Tensor, target: torch.Tensor, class_names: Sequence[str], path: Path) -> None:
     """Draws the first images of a batch as the network sees them.
 
     Args:
         x: Normalised images, (B, C, H, W).
-        target: Their labels, (B,).
+        target: Their labels, (B,), or targets of mixed images, (B, classes).
         class_names: Of the data.
         path: The PNG to write.
     """
     means, stds = x.float().mean((0, 2, 3)).tolist(), x.float().std((0, 2, 3), correction=0).tolist()
-    images, labels = x[:SAMPLES].float().cpu(), target[:SAMPLES].tolist()
+    images, titles = x[:SAMPLES].float().cpu(), [_title(label, class_names) for label in target[:SAMPLES].cpu()]
     columns = _columns(len(images))
     rows, width = math.ceil(len(images) / columns), max(2, columns) * CELL
     colors = ('red', 'green', 'blue') if len(means) == 3 else [f'channel {number + 1}' for number in range(len(means))]
@@ -61,8 +72,8 @@ def save_samples(x: torch.Tensor, target: torch.Tensor, class_names: Sequence[st
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout='compressed', squeeze=False)
     for place in axes.flat:
         place.set_axis_off()
-    for place, image, label in zip(axes.flat, images, labels, strict=False):
-        _show(place, ((image + LIMIT) / (2 * LIMIT)).clamp(0, 1), _short(class_names[label], 24))
+    for place, image, title in zip(axes.flat, images, titles, strict=False):
+        _show(place, ((image + LIMIT) / (2 * LIMIT)).clamp(0, 1), title)
     figure.supxlabel(caption, fontsize=9)
     save_figure(figure, [], path)
 

@@ -9,16 +9,18 @@ from typing import Any
 
 import yaml
 
-from harness.cli import Parser, add_flags, flag, make_settings
+from harness.cli import Parser, add_flags, flag, make_settings, unmet
 from harness.data.settings import AugmentationSettings, ImageSettings, SplitSettings
 from harness.data.sources import SourceSettings
 from harness.errors import UserError, nearest
 from harness.files import read_mapping
 from harness.launch import LaunchSettings
+from harness.loss import LossSettings
 from harness.network import DepthSettings, NetworkSettings
 from harness.optimizer import OptimizerSettings
 from harness.paths import RECIPES
 from harness.resume import MAY_DIFFER, FolderSettings
+from harness.tracking import TrackingSettings
 from harness.training import TrainingSettings
 
 
@@ -39,9 +41,11 @@ class TrainFlags:
     depth: DepthSettings
     optimizer: OptimizerSettings
     augmentation: AugmentationSettings
+    loss: LossSettings
     training: TrainingSettings
     folder: FolderSettings
     launch: LaunchSettings
+    tracking: TrackingSettings
     record: dict[str, Any]
 
 
@@ -60,17 +64,25 @@ def group_flags(args: argparse.Namespace) -> TrainFlags:
     return TrainFlags(**{name: make_settings(cls, args) for name, cls in SETTINGS_CLASSES.items()}, record=vars(args))
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """The recipe of a name or YAML file: flags and their values.
+def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The recipe of a name or YAML file: flags and their values. `config` in it names one that it builds on.
+
+    Args:
+        name: Of the recipe.
+        above: Recipes that build on it.
 
     Raises:
-        UserError: If there is none, or it can't be read, or is no mapping.
+        UserError: If there is none, or it can't be read, is no mapping, or builds on itself.
     """
+    if name in above:
+        raise UserError(f'recipe {name!r} builds on itself')
     path = Path(name) if name.endswith(('.yaml', '.yml')) else RECIPES / f'{name}.yaml'
     if not os.path.exists(path):
         recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
         raise UserError(f'no recipe {name!r}; nearest: {nearest(name, recipes)}, or give a YAML file')
-    return read_mapping(path, yaml.safe_load, 'a recipe is a YAML file that maps the names of flags to values')
+    recipe = read_mapping(path, yaml.safe_load, 'a recipe is a YAML file that maps the names of flags to values')
+    base = recipe.pop('config', None)
+    return recipe if base is None else {**read_recipe(str(base), (*above, name)), **recipe}
 
 
 def command_line(flags: dict[str, Any]) -> list[str]:
@@ -90,23 +102,46 @@ def command_line(flags: dict[str, Any]) -> list[str]:
 def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of train.py: those of the command line, and the recipe's where it says nothing.
 
+    Of the recipe counts only what has an effect with the flags of the command line.
+
     Args:
         argv: The command line, by default this process's.
 
     Raises:
-        UserError: If a flag, the recipe or a key in it is unknown, or a value has the wrong type or size.
+        UserError: If a flag, the recipe or a key in it is unknown, a value has the wrong type or size, or a flag would
+            do nothing.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = train_parser()
     args = parser.parse_args(argv)
+    typed = _typed(parser, argv)
     recipe = read_recipe(args.config)
     for key in recipe:
-        if key == 'config' or key not in args:
+        if key not in args:
             raise UserError(f'recipe key {key!r} is no flag; nearest: {nearest(str(key), vars(args))}')
     for one, other in (('val_per_class', 'val_fraction'), ('val_fraction', 'val_per_class')):
-        if getattr(args, one) != parser.get_default(one):  # the command line's choice, not the recipe's
+        if one in typed:  # the command line's choice, not the recipe's
             recipe.pop(other, None)
+    lacks = unmet(vars(parser.parse_args(command_line(recipe))), *SETTINGS_CLASSES.values())
+    for key in recipe.keys() & lacks:
+        raise UserError(f'recipe {args.config}: {key} does nothing without {lacks[key]}')
+    lacks = unmet(vars(parser.parse_args([*command_line(recipe), *argv])), *SETTINGS_CLASSES.values())
+    for key in sorted(typed & lacks.keys()):
+        raise UserError(f'--{key.replace("_", "-")} does nothing without {lacks[key]}; leave it out')
+    recipe = {key: value for key, value in recipe.items() if key not in lacks}
     return parser.parse_args([*command_line(recipe), *argv])
+
+
+def _typed(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """The flags that stand in a command line."""
+    nothing = object()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), nothing))
+    return {key for key, value in vars(parser.parse_args(argv, unset)).items() if value is not nothing}
+
+
+def default_flags() -> dict[str, Any]:
+    """All flags as they are without a recipe: what a run of an older version did, which didn't know them all."""
+    return dict(vars(train_parser().parse_args([])), amp_dtype='bfloat16')
 
 
 def is_packaged(recipe: str) -> bool:
@@ -116,8 +151,9 @@ def is_packaged(recipe: str) -> bool:
 
 def changed_from_recipe(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that say something else than their recipe does. What an older run did not know yet was the default."""
-    elsewhere = {*MAY_DIFFER, 'config', 'seed', 'amp', 'log_gradients'}  # recorded elsewhere, or without effect
-    flags = {**vars(train_parser().parse_args([])), **flags}
+    # Recorded elsewhere, or without effect.
+    elsewhere = {*MAY_DIFFER, 'config', 'seed', 'amp', 'amp_dtype', 'log_gradients'}
+    flags = {**default_flags(), **flags}
     recipe = vars(parse_train_flags(['-c', flags['config']]))
     return {key: flags[key] for key, value in recipe.items() if flags[key] != value and key not in elsewhere}
 
@@ -128,10 +164,11 @@ def changed_by_run(results: dict[str, Any]) -> dict[str, Any]:
     The recipe may have been changed since, or been another file of the same name. Of a recipe that is not packaged it
     is what the run recorded.
     """
+    trained_longer = {key: results[key] for key in ('extended',) if key in results}
     if not is_packaged(results['recipe']):
-        return results['changed_from_recipe']
+        return {**results['changed_from_recipe'], **trained_longer}
     args = results['args']
-    changed = changed_from_recipe(dict(args, config=results['recipe']))
+    changed = {**changed_from_recipe(dict(args, config=results['recipe'])), **trained_longer}
     if changed.get('drop_path_mode') == 'batch':  # which is the default
         del changed['drop_path_mode']
     if args.get('global_batch_size', args['batch_size']) != args['batch_size']:  # on several processes

@@ -4,6 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import timm_sd
 from harness.data.sources import is_public
 from harness.machine import versions
@@ -25,6 +27,8 @@ def public_flags(flags: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
     if flags['dataset'] and ('folder' in data and not flags['data_dir'] or not is_public(flags['dataset'])):
         public['dataset'] = Path(os.path.abspath(flags['dataset'])).name
+    if flags.get('initial_checkpoint'):  # its run and its name
+        public['initial_checkpoint'] = '/'.join(Path(os.path.abspath(flags['initial_checkpoint'])).parts[-2:])
     if flags['model'].startswith('local-dir:'):
         public['model'] = f'local-dir:{Path(os.path.abspath(flags["model"].partition(":")[2])).name}'
     return public
@@ -33,8 +37,7 @@ def public_flags(flags: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 def without_paths(results: dict[str, Any]) -> dict[str, Any]:
     """results.json for others to see."""
     public, changed = public_flags(results['args'], results.get('data', {})), dict(results['changed_from_recipe'])
-    if 'dataset' in changed:
-        changed['dataset'] = public['dataset']
+    changed.update({key: public[key] for key in ('dataset', 'initial_checkpoint') if key in changed})
     return dict(results, args=public, changed_from_recipe=changed)
 
 
@@ -63,6 +66,22 @@ def method(gates: timm_sd.DepthGates | None) -> dict[str, Any]:
                 drop_path_mode=gates.mode, drop_path_schedule=gates.schedule, drop_path_scale=gates.scale)
 
 
+def ranked(trainer: Trainer) -> list[str]:
+    """The network and its average, see `Trainer.networks`; first the better one on the validation images.
+
+    Where these are the test images nothing may be selected by them, and the average is the first.
+    """
+    def rank(suffix: str) -> tuple[float, bool]:
+        return (-trainer.best(suffix)[1], bool(suffix)) if trainer.data.selects else (0., not suffix)
+    return sorted(trainer.networks, key=rank)
+
+
+def beside(trainer: Trainer, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights that are kept beside the published ones, and what results.json says of them."""
+    weights, (epoch, top1) = trainer.load_best(suffix), trainer.best(suffix)
+    return weights, dict(best_epoch=epoch, val_top1_err=round(100 - top1, 4), test_best=trainer.test(weights))
+
+
 def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     """Tests the best and the last epoch's weights, and writes what a run folder ends with.
 
@@ -74,8 +93,11 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         The contents of results.json.
     """
     progress, folder, gates = trainer.progress, trainer.folder, trainer.gates
-    last = trainer.test(trainer.model.state_dict())
-    weights = folder.load_best(progress.best_epoch)
+    suffix, *others = ranked(trainer)
+    best_epoch, best_top1 = trainer.best(suffix)
+    last = trainer.test({name: tensor.clone() for name, tensor in trainer.networks[suffix].state_dict().items()})
+    other = {of: beside(trainer, of) for of in others}
+    weights = trainer.load_best(suffix)
     mistakes = Mistakes(len(trainer.data.class_names), trainer.batches['test'])
     best = trainer.test(weights, mistakes.add)
     confusion, worst = mistakes.gather(trainer.accelerator)
@@ -90,20 +112,25 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         param_count=sum(param.numel() for param in trainer.model.parameters()),
         drop_path_rate=last_drop_rate(trainer, flags),
         **method(gates),
-        best_epoch=progress.best_epoch, val_top1_err=round(100 - progress.best_top1, 4),
-        val_top1_err_last=round(100 - progress.rows[-1]['eval_top1'], 4), test_best=best, test_last=last,
+        best_epoch=best_epoch, val_top1_err=round(100 - best_top1, 4),
+        val_top1_err_last=round(100 - progress.rows[-1][f'eval_top1{suffix}'], 4), test_best=best, test_last=last,
+        **(dict(averaged=suffix == '_ema', other_weights=next(iter(other.values()))[1]) if other else {}),
+        **(dict(extended=progress.extended) if progress.extended else {}),
         epoch_seconds=round(epoch_seconds, 2),
         images_per_second=round(given['images']['train'] / epoch_seconds, 1),
         hardware=place, versions=versions(), args=flags.record)
     if trainer.accelerator.is_main_process:
         folder.write_summary(progress.rows)
+        said = dict(given, label_names=trainer.data.class_names, model_kwargs=flags.network.model_kwargs,
+                    in_memory=flags.images.in_memory, img_size=flags.images.img_size, mean=flags.images.mean,
+                    std=flags.images.std, timm_sd=timm_sd.__version__)
+        for of, (theirs, tested) in other.items():
+            folder.write_weights(theirs, dict(said, selected_epoch=tested['best_epoch'],
+                                              test_top1_err=tested['test_best']['top1_err']),
+                                 f'model{of or "_without_ema"}.safetensors')
         results['weights_sha256'] = folder.write_weights(weights, dict(
-            given, label_names=trainer.data.class_names, model_kwargs=flags.network.model_kwargs,
-            in_memory=flags.images.in_memory, img_size=flags.images.img_size, mean=flags.images.mean,
-            std=flags.images.std,
-            selected_epoch=progress.best_epoch,
-            test_top1_err=best['top1_err'], test_top1_err_last_epoch=last['top1_err'],
-            timm_sd=timm_sd.__version__))
+            said, selected_epoch=best_epoch, test_top1_err=best['top1_err'],
+            test_top1_err_last_epoch=last['top1_err']))
         save_mistakes(confusion, worst, trainer.data.class_names, folder.path / 'mistakes.png')
         save_curves(progress.rows, results, folder.path / 'curves.png')
         folder.write_results(results)

@@ -5,19 +5,20 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
 from harness.cli import flag
 from harness.engine import default_amp
 from harness.errors import UserError
-from harness.launch import from_main_process
+from harness.ranks import from_main_process
 from harness.run_folder import RunFolder
 
 # Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
-              'threads', 'workers', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size')
+              'threads', 'workers', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size',
+              'log_with')
 
 
 def folder_name(text: str) -> str:
@@ -36,32 +37,60 @@ class FolderSettings:
     resume: str | None = flag(None, "'auto', or a run folder to go on with")
 
 
-def _differences(flags: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    keys = flags.keys() & old.keys() - {*MAY_DIFFER, 'batch_size'}  # global_batch_size may not differ
+class BegunFrom(NamedTuple):
+    """A run folder, and the finished run that a new one there goes on from, to be trained for longer."""
+    folder: RunFolder
+    finished: RunFolder | None = None
+
+
+def _differences(flags: dict[str, Any], old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, str]:
+    """The flags that differ, and how; what an older run did not know yet was the default."""
+    keys = flags.keys() - {*MAY_DIFFER, 'batch_size'}  # global_batch_size may not differ
     if flags['amp'] is None:  # open: the old run's
         keys -= {'amp'}
-    return [f'{key} {old[key]} -> {flags[key]}' for key in sorted(keys) if flags[key] != old[key]]
+    old = {**defaults, **old}
+    return {key: f'{key} {old[key]} -> {flags[key]}' for key in sorted(keys & old.keys()) if flags[key] != old[key]}
 
 
-def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str) -> RunFolder:
+def _begin_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder, defaults: dict[str, Any]) -> BegunFrom:
+    """A new run that goes on where a finished one ended; UserError unless more epochs are all that is new."""
+    old = finished.read_flags() or {}
+    differences = _differences(flags, old, defaults)
+    if finished.read_results() is None:
+        raise UserError(f'{finished.path} is not finished; finish it first, without --experiment')
+    if differences.keys() != {'epochs'} or flags['epochs'] <= old['epochs']:
+        raise UserError(f'{finished.path} was run with other flags ({"; ".join(differences.values()) or "the same"}); '
+                        f'to go on with it in {folder.path} give more --epochs than its {old["epochs"]}, and nothing '
+                        f'else; other flags begin with --initial-checkpoint {finished.path}/model.safetensors')
+    return BegunFrom(folder, finished)
+
+
+def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
+                    defaults: dict[str, Any] | None = None) -> BegunFrom:
     """The folder that the flags mean: a new one, or with `resume` the one to go on with.
 
     Args:
         settings: 'auto' for `resume` means the folder of `experiment`, or without one the newest folder under `output`
-            with the same flags, or a new one if there is none.
+            with the same flags, or a new one if there is none. A folder for `resume` and another `experiment` begin a
+            new run that trains the finished one of the folder for longer.
         flags: All flags, to be compared with those of the folder's run.
         name: What a new folder is called, behind the time.
+        defaults: Of the flags, for what an older run did not know.
 
     Raises:
         UserError: If a new run would overwrite an old one, or the flags differ from those of the run to go on with.
     """
-    output, resume = Path(settings.output), settings.resume
+    output, resume, defaults = Path(settings.output), settings.resume, defaults or {}
     name = re.sub(r'[^\w.-]', '_', name)  # one folder below `output`, where 'auto' looks, for hf-hub:ORG/NAME too
     folder = RunFolder(output / (settings.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'))
     if resume not in (None, 'auto'):
-        folder = RunFolder(Path(resume))
-        if folder.read_flags() is None:
+        named = RunFolder(Path(resume))
+        if named.read_flags() is None:
             raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
+        if not settings.experiment:
+            folder = named
+        elif folder.read_flags() is None and folder.path.resolve() != named.path.resolve():
+            return _begin_longer(flags, named, folder, defaults)
     elif resume == 'auto' and not settings.experiment:
         begun = [path for path in output.glob('*/args.yaml') if path.is_file()]
         for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -69,31 +98,37 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str) 
                 old = RunFolder(path.parent).read_flags()
             except UserError:
                 continue  # whatever it was, it was not named
-            if old is not None and old.keys() == flags.keys() and not _differences(flags, old):
-                return RunFolder(path.parent)
+            if old is not None and old.keys() == flags.keys() and not _differences(flags, old, defaults):
+                return BegunFrom(RunFolder(path.parent))
     old = folder.read_flags()
     if old is not None:
         if resume is None:
             raise UserError(f'run folder {folder.path} exists; go on with --resume auto, or choose '
                             'another --experiment')
-        differences = _differences(flags, old)
+        differences = _differences(flags, old, defaults)
         if differences:
-            raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences)}); '
-                            'use the same, or choose another --experiment')
-    return folder
+            longer = f'--resume {folder.path} --experiment NEW trains it for longer, ' \
+                if differences.keys() == {'epochs'} else ''
+            raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences.values())}); use the '
+                            f'same, or choose another --experiment: {longer}--initial-checkpoint '
+                            f'{folder.path}/model.safetensors --experiment NEW begins with its weights')
+    return BegunFrom(folder)
 
 
-def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator: Accelerator, name: str) -> RunFolder:
+def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator: Accelerator, name: str,
+                    defaults: dict[str, Any] | None = None) -> RunFolder:
     """Finds the run folder on the main process, makes it, and tells the others: the clock is in its name.
 
     Where the flags leave `amp` open it is settled, in all processes: a run goes on in the precision that it was begun
     in, a new one in the faster. See `find_run_folder`.
     """
     def find() -> tuple[RunFolder, bool]:
-        folder = find_run_folder(settings, flags, name)
+        folder, finished = find_run_folder(settings, flags, name, defaults)
         if flags['amp'] is None:
-            begun = folder.read_flags() or {}
+            begun = (finished or folder).read_flags() or {}
             flags['amp'] = begun['amp'] if 'amp' in begun else default_amp(accelerator.device.type)
+        if finished is not None:
+            folder.begin_from(finished)
         folder.create(flags)
         folder.lock()
         return folder, flags['amp']

@@ -2,6 +2,8 @@
 
     args.yaml            every flag                      results.json         errors, time, hardware, versions
     summary.csv          one row an epoch                model.safetensors    the best epoch's weights, plain network
+    model_ema.safetensors or model_without_ema.safetensors, with --model-ema: the worse of the two on the validation
+                         images; model.safetensors is the better
     checkpoints/         what --resume goes on from      curves.png           loss and error by epoch
     samples.png          training images, as the network sees them
     mistakes.png         test images that the best weights get wrong
@@ -154,7 +156,7 @@ class RunFolder:
         if results is None:
             return None
         rows = self.read_summary()
-        last = round(100 - rows[-1]['eval_top1'], 4)
+        last = round(100 - rows[-1]['eval_top1_ema' if results.get('averaged') else 'eval_top1'], 4)
         if last != results['val_top1_err_last']:
             raise UserError(f'{self.path} holds files of two runs: the last validation error of summary.csv is {last}, '
                             f'of results.json {results["val_top1_err_last"]}; {WRITTEN_ANEW}')
@@ -173,10 +175,11 @@ class RunFolder:
         """Writes summary.csv, with timm's columns."""
         write_csv(self.path / 'summary.csv', rows)
 
-    def write_weights(self, weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> str:
+    def write_weights(self, weights: dict[str, torch.Tensor], metadata: dict[str, Any],
+                      name: str = 'model.safetensors') -> str:
         """Writes model.safetensors, and returns its SHA-256; metadata that isn't text becomes JSON."""
         content = _as_safetensors(weights, metadata)
-        write_atomic(self.path / 'model.safetensors', content)
+        write_atomic(self.path / name, content)
         return hashlib.sha256(content).hexdigest()
 
     def check_one_run(self, results: dict[str, Any]) -> str:
@@ -209,13 +212,20 @@ class RunFolder:
                             f'{WRITTEN_ANEW}')
         return found
 
-    def save_best(self, weights: dict[str, torch.Tensor], epoch: int) -> None:
-        """Keeps the weights of the best epoch so far, numbered, as checkpoints are, by the epochs done."""
-        write_parts(self.checkpoints / f'best-{epoch + 1:04d}.safetensors', _as_safetensors(weights, dict(epoch=epoch)))
+    def save_best(self, weights: dict[str, torch.Tensor], epoch: int, suffix: str = '') -> None:
+        """Keeps the weights of the best epoch so far, numbered, as checkpoints are, by the epochs done.
 
-    def load_best(self, epoch: int) -> dict[str, torch.Tensor]:
+        Args:
+            weights: A state dict.
+            epoch: From 0.
+            suffix: '_ema' of the average of the weights.
+        """
+        write_parts(self.checkpoints / f'best{suffix}-{epoch + 1:04d}.safetensors',
+                    _as_safetensors(weights, dict(epoch=epoch)))
+
+    def load_best(self, epoch: int, suffix: str = '') -> dict[str, torch.Tensor]:
         """What `save_best` kept of this epoch."""
-        path = self.checkpoints / f'best-{epoch + 1:04d}.safetensors'
+        path = self.checkpoints / f'best{suffix}-{epoch + 1:04d}.safetensors'
         with user_errors(f'{path} holds the best weights, and can not be read'):
             return safetensors.torch.load(read_parts(path))
 
@@ -225,7 +235,8 @@ class RunFolder:
         torch.save(state, buffer)
         write_parts(self.checkpoints / f'checkpoint-{state["epoch"]:04d}.pt', buffer.getvalue())
         # A resume from the oldest checkpoint needs the best weights of its time: one more of them is kept.
-        for whole, kept in (('checkpoint-*.pt', history), ('best-*.safetensors', history + 1)):
+        for whole, kept in (('checkpoint-*.pt', history), ('best-*.safetensors', history + 1),
+                            ('best_ema-*.safetensors', history + 1)):
             oldest = min(sorted(map(number_in_name, self.checkpoints.glob(whole)))[-kept:], default=0)
             for path in self.checkpoints.glob(f'{whole}*'):  # also parts without their whole
                 if number_in_name(path) < oldest:
@@ -257,6 +268,12 @@ class RunFolder:
             raise UserError(f'{self.path} has no checkpoint that can be read: {damaged[0]}; bring it back if it was '
                             'written on another disk or by another version, or choose another --experiment')
         return None
+
+    def begin_from(self, other: 'RunFolder') -> None:
+        """Copies another run's checkpoints, the newest last: a copy that was cut off is no run's beginning."""
+        make_folder(self.checkpoints, '--output')
+        for path in sorted(other.checkpoints.glob('*-*'), key=lambda path: (path.suffix == '.pt', path.name)):
+            write_atomic(self.checkpoints / path.name, path.read_bytes())
 
     def remove_after(self, epochs: int) -> None:
         """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""

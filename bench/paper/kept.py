@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 from scipy.stats import ttest_ind
 
 from harness.errors import UserError
+from harness.machine import precision as name_of_precision
 from harness.run_folder import RunFolder
 from paper.experiments import BUDGETS, FITS, Experiment, training_of_experiment, training_of_run
 
 
 def precision(hardware: dict[str, Any]) -> str:
     """Of a run, or of timed steps."""
-    return 'bf16' if hardware['amp'] else 'fp32'
+    return name_of_precision(hardware['amp'], hardware.get('amp_dtype', 'bfloat16'))
 
 
 def has_all_cores(hardware: dict[str, Any]) -> bool:

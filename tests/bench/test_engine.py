@@ -18,6 +18,7 @@ from harness import engine
 from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import TrainStep, autocast, convolution_seconds, default_amp, evaluate, train_epoch
 from harness.graphs import RecordedStep
+from harness.loss import LossSettings, make_loss
 from harness.pictures import Mistakes
 from support.data import image_set
 from support.updates import check_updates
@@ -42,7 +43,8 @@ def test_ranks_together_make_the_gradient_of_the_mean_over_all_images(smoothing)
         ours = copy.deepcopy(network)
         accelerator = SimpleNamespace(num_processes=2, backward=torch.Tensor.backward,
                                       no_sync=lambda model, synced=synced: synced.append('no') or nullcontext())
-        step = TrainStep(ours, torch.optim.SGD(ours.parameters(), 0.1), accelerator, autocast(CPU, False), smoothing)
+        step = TrainStep(ours, torch.optim.SGD(ours.parameters(), 0.1), accelerator, autocast(CPU, False),
+                         make_loss(LossSettings(smoothing)))
         for number, (x, target) in enumerate(batches):
             loss_sum += step.backward(x[rank::2], target[rank::2], images=9, is_update=number == 1).item()
         assert synced == ['no']  # in the first batch alone

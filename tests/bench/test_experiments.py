@@ -90,7 +90,7 @@ def test_twice_is_twice():
 def rates_by_epoch(experiment, budget):
     """The learning rates of a training, each with the number of its epochs."""
     args = parse_train_flags(experiment.flags(budget, 0, None))
-    _, scheduler = build_optimizer(make_settings(OptimizerSettings, args), torch.nn.Linear(1, 1), 1)
+    _, scheduler, _ = build_optimizer(make_settings(OptimizerSettings, args), torch.nn.Linear(1, 1), 1)
     rates = []
     for epoch in range(args.epochs):
         scheduler.step(epoch)

@@ -135,8 +135,8 @@ def test_a_run_draws_several_colors(finished):
 def test_the_batch_that_is_drawn_is_the_first_that_a_step_gets(toy_flags, tmp_path, monkeypatch, path):
     steps, drawn, make_step = [], [], training.make_step
 
-    def watched(*args):
-        step = make_step(*args)
+    def watched(*args, **kwargs):
+        step = make_step(*args, **kwargs)
         backward = step.backward
         step.backward = lambda x, target, *more: steps.append((x.clone(), target)) or backward(x, target, *more)
         return step
@@ -160,7 +160,8 @@ def test_an_epoch_does_not_take_longer_for_its_drawing(toy_flags, tmp_path, monk
 
 
 def test_looking_changes_no_weight(toy_flags, tmp_path, monkeypatch, finished):
-    monkeypatch.setattr(training, 'train_epoch', lambda *args: engine.train_epoch(*args[:-1]))
+    monkeypatch.setattr(training, 'train_epoch', lambda *args, see_first_batch, **kwargs: engine.train_epoch(
+        *args, **kwargs))
     result = run_here('train.py', *toy_flags, '--output', tmp_path, '--experiment', 'a')
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / 'a' / 'samples.png').exists()

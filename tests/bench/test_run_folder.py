@@ -185,7 +185,7 @@ def find(output, resume=None, experiment=None, **flags):
     flags = dict(dict(output=str(output), resume=resume, experiment=experiment, lr=0.1, threads=1, data_dir=None,
                       amp=False,
                       batch_size=8, global_batch_size=8, validation_batch_size=None, checkpoint_interval=1), **flags)
-    folder = find_run_folder(FolderSettings(str(output), experiment, resume), flags, 'net-32')
+    folder = find_run_folder(FolderSettings(str(output), experiment, resume), flags, 'net-32').folder
     folder.create(flags)
     return folder.path
 
@@ -241,10 +241,10 @@ def test_a_run_goes_on_in_the_precision_of_its_beginning(tmp_path, monkeypatch):
 def test_a_run_of_a_hub_repository_is_found_again(tmp_path):
     flags = dict(output=str(tmp_path), resume='auto', experiment=None, amp=False, model='hf-hub:our/net')
     settings = FolderSettings(output=str(tmp_path), resume='auto')
-    new = find_run_folder(settings, flags, 'hf-hub:our/net-32')
+    new = find_run_folder(settings, flags, 'hf-hub:our/net-32').folder
     assert new.path.parent == tmp_path
     new.create(flags)
-    assert find_run_folder(settings, flags, 'hf-hub:our/net-32').path == new.path
+    assert find_run_folder(settings, flags, 'hf-hub:our/net-32').folder.path == new.path
 
 
 @pytest.mark.parametrize('name', ['', '.', '..', '/', 'a/b', '../a', '/tmp/a', 'a/', './a', 'a\0b', 'a\nb'])

@@ -10,6 +10,7 @@ from timm.optim import create_optimizer_v2
 import timm_sd
 from harness.engine import TrainStep, autocast
 from harness.graphs import RecordedStep
+from harness.loss import LossSettings, make_loss
 from support.networks import lively
 
 STEPS_PER_EPOCH, EPOCHS = 10, 2
@@ -48,8 +49,8 @@ class Twins:
         optimizer = create_optimizer_v2(network, opt='sgd', lr=0.05, momentum=0.9, weight_decay=1e-3,
                                         filter_bias_and_bn=False, fused=True)
         amp = autocast(torch.device('cpu'), self.bf16, cache=kind is TrainStep)
-        return kind(network.train(), optimizer, Accelerator(cpu=True), amp, smoothing=0.1,
-                    grad_accum_steps=self.accumulate)
+        return kind(network.train(), optimizer, Accelerator(cpu=True), amp, make_loss(LossSettings(0.1)),
+                    self.accumulate)
 
     def batch(self, number):
         generator = torch.Generator().manual_seed(number)

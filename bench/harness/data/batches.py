@@ -22,6 +22,7 @@ class Batches:
         rank: This process.
         world_size: Number of processes; each takes its share of every batch, the last and partial one included.
         drop_last: Leave out the last batch if it is partial, unless it is the only one.
+        pairs: Deal out pairs of images, see `share`. Of an odd last batch one image is left out.
 
     Attributes:
         images: Images of all ranks in an epoch. In training a last batch that has fewer than two images for a rank is
@@ -35,16 +36,16 @@ class Batches:
 
     def __init__(self, total: int, batch_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device,
                  train: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 drop_last: bool = False) -> None:
+                 drop_last: bool = False, pairs: bool = False) -> None:
         self.total = total
         self.batch_size, self.global_batch_size = batch_size, batch_size * world_size
         whole = total - total % self.global_batch_size
         drops = train and (drop_last and whole > 0 or total - whole < 2 * world_size)
-        self.images = whole if drops else total
+        self.images = whole if drops else total - total % 2 if pairs else total
         if train and not self.images:
             raise UserError(f'{total} training images are too few for {world_size} process'
                             f'{"es" if world_size > 1 else ""}: batch norm needs two each')
-        self.train = train
+        self.train, self.pairs = train, pairs
         self.seed, self.epoch = seed, 0
         self.rank, self.world_size = rank, world_size
         self.device = device
@@ -81,7 +82,18 @@ class Batches:
         order = torch.randperm(self.total, generator=generator) if self.train else torch.arange(self.total)
         return order[:self.images]
 
+    def share(self, size: int) -> torch.Tensor:
+        """This rank's places, (B,), in a batch of `size` images of all ranks.
+
+        With `pairs` the first and the last place go to one rank, the second and the last but one to the next, and so
+        on. So timm's Mixup, which mixes a batch with its reverse, mixes the same images on any number of ranks.
+        """
+        if not self.pairs:
+            return torch.arange(size)[self.rank::self.world_size]
+        first = torch.arange(size // 2)[self.rank::self.world_size]
+        return torch.cat([first, size - 1 - first.flip(0)])
+
     def shares(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
         """This rank's share of each batch (B,), and the size of that of all ranks."""
         for batch in order.split(self.global_batch_size):
-            yield batch[self.rank::self.world_size], len(batch)
+            yield batch[self.share(len(batch))], len(batch)

@@ -91,14 +91,16 @@ def _digest(pictures: Sequence[bytes], class_names: Sequence[str]) -> int:
     return sum(int.from_bytes(row, 'big') for row in rows) % 2**256
 
 
-def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.Tensor) -> torch.Tensor:
-    """Shifts each normalised image by up to `padding` pixels with zero fill, and mirrors it with probability `hflip`.
+def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.Tensor,
+                     vflip: float = 0.) -> torch.Tensor:
+    """Shifts each normalised image by up to `padding` pixels with zero fill, and mirrors it.
 
     Args:
         x: Normalised images, (B, C, H, W).
         padding: Largest shift in pixels.
-        hflip: Probability of the mirror image.
-        draws: Uniform numbers in [0, 1), (B, 3): vertical and horizontal shift, flip.
+        hflip: Probability that left and right change places.
+        draws: Uniform numbers in [0, 1), (B, 3): vertical and horizontal shift, horizontal flip; with `vflip` (B, 4).
+        vflip: Probability that top and bottom change places.
 
     Returns:
         (B, C, H, W) in channels_last order, which the indexing gives for free.
@@ -107,7 +109,9 @@ def random_crop_flip(x: torch.Tensor, padding: int, hflip: float, draws: torch.T
     shift = (draws[:, :2] * (2 * padding + 1)).long()
     rows = shift[:, :1] + torch.arange(height, device=x.device)
     cols = shift[:, 1:] + torch.arange(width, device=x.device)
-    cols = torch.where(draws[:, 2:] < hflip, cols.flip(1), cols)
+    cols = torch.where(draws[:, 2:3] < hflip, cols.flip(1), cols)
+    if vflip:
+        rows = torch.where(draws[:, 3:] < vflip, rows.flip(1), rows)
     sample = torch.arange(len(x), device=x.device)[:, None, None]
     return F.pad(x, [padding] * 4)[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
@@ -123,6 +127,7 @@ class MemoryBatches(Batches):
         train: Shuffle and augment; otherwise the order of the data.
         crop_padding: See `random_crop_flip`.
         hflip: See `random_crop_flip`.
+        vflip: See `random_crop_flip`.
         **kwargs: seed, rank and world_size, see `Batches`.
 
     Attributes:
@@ -138,11 +143,12 @@ class MemoryBatches(Batches):
             train: bool = False,
             crop_padding: int = 0,
             hflip: float = 0.,
+            vflip: float = 0.,
             **kwargs: Any,
     ) -> None:
         super().__init__(len(data), batch_size, mean, std, data.images.device, train, **kwargs)
         self.data = data
-        self.crop_padding, self.hflip = crop_padding, hflip
+        self.crop_padding, self.hflip, self.vflip = crop_padding, hflip, vflip
         batch_bytes = 4 * batch_size * data.images.shape[1:].numel()
         self.at_once = 1 if data.images.device.type == 'cpu' else max(1, GROUP_BYTES // batch_bytes)
 
@@ -150,7 +156,7 @@ class MemoryBatches(Batches):
         generator = self.generator()
         shares, sizes = zip(*self.shares(self.order(generator)), strict=True)
         index, lengths = torch.cat(shares), [len(share) for share in shares]
-        draws = torch.rand(self.total, 3, generator=generator)[index].to(self.device)
+        draws = torch.rand(self.total, 4 if self.vflip else 3, generator=generator)[index].to(self.device)
         index = index.to(self.device)  # with the draws the only copies of an epoch
         labels = self.data.labels[index].split(lengths)
         for first in range(0, len(shares), self.at_once):
@@ -158,5 +164,5 @@ class MemoryBatches(Batches):
             images = slice(self.batch_size * first, self.batch_size * (first + self.at_once))
             x = (self.data.images[index[images]] - self.mean) / self.std
             if self.train:
-                x = random_crop_flip(x, self.crop_padding, self.hflip, draws[images])
+                x = random_crop_flip(x, self.crop_padding, self.hflip, draws[images], self.vflip)
             yield from zip(x.split(lengths[group]), labels[group], sizes[group], strict=True)

@@ -1,7 +1,7 @@
 """The flags that say which images are trained and tested on, and how they are looked at."""
 from dataclasses import dataclass
 
-from harness.cli import finite, flag, non_negative, non_negative_int, positive_int, unit_interval
+from harness.cli import finite, flag, non_negative, non_negative_int, positive, positive_int, unit_interval
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,31 @@ class SplitSettings:
 @dataclass(frozen=True)
 class AugmentationSettings:
     """Augmentation."""
-    crop_padding: int = flag(4, 'in memory: zeros around, then a crop', type=non_negative_int)
-    hflip: float = flag(0.5, 'probability of a horizontal flip', type=unit_interval)
-    scale: list[float] = flag([0.08, 1.], 'not in memory: area of a crop', type=unit_interval, nargs=2)
-    color_jitter: float = flag(0.4, 'not in memory: strength', type=non_negative)
-    aa: str | None = flag(None, "not in memory: timm's auto-augment policy, such as rand-m9-mstd0.5")
+    aug: bool = flag(True, 'augment training images')
+    crop_padding: int = flag(4, 'zeros around, then a crop', type=non_negative_int, needs='in_memory aug')
+    hflip: float = flag(0.5, 'probability of a horizontal flip', type=unit_interval, needs='aug')
+    vflip: float = flag(0., 'probability of a vertical flip', type=unit_interval, needs='aug')
+    scale: list[float] = flag([0.08, 1.], 'area of a crop', type=unit_interval, nargs=2, needs='no_in_memory aug')
+    ratio: list[float] = flag([3 / 4, 4 / 3], 'width to height of a crop', type=positive, nargs=2,
+                              needs='no_in_memory aug')
+    color_jitter: float = flag(0.4, 'strength', type=non_negative, needs='no_in_memory aug')
+    aa: str | None = flag(None, "timm's auto-augment policy, such as rand-m9-mstd0.5", needs='no_in_memory aug')
+    train_interpolation: str | None = flag(
+        None, "of training images (default: the model's)", choices=('random', 'bilinear', 'bicubic'),
+        needs='no_in_memory aug')
+    reprob: float = flag(0., 'probability of erasing a rectangle', type=unit_interval, needs='aug')
+    remode: str = flag('pixel', 'what it is filled with: noise of each pixel, one random color, or the mean',
+                       choices=('pixel', 'rand', 'const'), needs='reprob')
+    recount: int = flag(1, 'rectangles of an image, at most', type=positive_int, needs='reprob')
+    mixup: float = flag(0., 'alpha of mixup: two images, one shining through the other', type=non_negative)
+    cutmix: float = flag(0., 'alpha of CutMix: a rectangle of another image', type=non_negative)
+    mixup_prob: float = flag(1., 'probability that a batch is mixed', type=unit_interval, needs='mixup|cutmix')
+    mixup_switch_prob: float = flag(0.5, 'probability of CutMix where both are on', type=unit_interval,
+                                    needs='mixup cutmix')
+    mixup_off_epoch: int = flag(0, 'epochs after which nothing is mixed any more (0: never)', type=non_negative_int,
+                                needs='mixup|cutmix')
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, for which timm needs an even number of them."""
+        return self.mixup > 0 or self.cutmix > 0

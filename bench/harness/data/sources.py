@@ -1,8 +1,9 @@
 """Where images come from: a Hub data set, a local folder of pictures or of files, or scikit-learn's digits."""
 import os
 import re
+import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from PIL import Image
 from harness.cli import flag
 from harness.data.folders import as_dataset, find_pictures, fingerprint, split_name
 from harness.errors import UserError, one_line, user_errors
-from harness.launch import from_main_process
+from harness.ranks import check_same, first_on_each_machine, from_main_process
 from timm_sd.asking import LOG_IN, check_token, patiently, status_of
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
@@ -130,13 +131,6 @@ def _load(path: str, where: str, **kwargs: Any) -> dict[str, Rows]:
         raise UserError(f'{where} can not be read: {one_line(error.__cause__ or error, 200)}') from error
 
 
-def _main_process_first(accelerator: Accelerator, load: Callable[[], Any]) -> Any:
-    """What `load` gives; one process downloads and prepares it, and the others find it in the cache."""
-    loaded: list[Any] = []
-    from_main_process(accelerator, lambda: loaded.append(load()))
-    return loaded[0] if loaded else load()
-
-
 def _files(root: Path) -> Iterator[str]:
     """The files below a folder that aren't hidden."""
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -145,22 +139,27 @@ def _files(root: Path) -> Iterator[str]:
 
 
 def _open_folder(name: str, source: SourceSettings, where: str, accelerator: Accelerator) -> DataSet:
-    """A local folder. The main process looks through its files, and tells the others."""
+    """A local folder. The main process looks through its files, and tells the others; each machine has a copy."""
     root = Path(os.path.abspath(name))
-    origin = dict(folder=root.name)
     found = from_main_process(accelerator, partial(find_pictures, root))
-    if found is not None:
-        pictures, digest = found
-        splits: dict[str, Rows] = {split: as_dataset(root, of_split) for split, of_split in pictures.items()}
-        return DataSet(splits, where, dict(origin, fingerprint=digest))
-    digest = from_main_process(accelerator, lambda: fingerprint(root, _files(root)))
+    pictures, digest = found or ({}, from_main_process(accelerator, lambda: fingerprint(root, _files(root))))
+    paths = [path for of_split in pictures.values() for path in of_split.paths]
+
+    def compare() -> None:
+        is_copy = accelerator.is_local_main_process and not accelerator.is_main_process
+        if is_copy and fingerprint(root, paths or _files(root)) != digest:
+            raise UserError(f'{where} on {socket.gethostname()} has other files than that of process 0: copy it anew')
+    first_on_each_machine(accelerator, compare)
+    origin = dict(folder=root.name, fingerprint=digest)
+    if pictures:
+        return DataSet({split: as_dataset(root, of_split) for split, of_split in pictures.items()}, where, origin)
 
     def load() -> dict[str, Rows]:
         config = source.dataset_config
         if config is not None and config not in datasets.get_dataset_config_names(name):
             config = None  # the configuration is the recipe's Hub data set's; this folder holds bare files
         return _load(name, where, name=config, streaming=source.streaming)
-    return DataSet(_main_process_first(accelerator, load), where, dict(origin, fingerprint=digest))
+    return DataSet(first_on_each_machine(accelerator, load), where, origin)
 
 
 def open_data(source: SourceSettings, accelerator: Accelerator) -> DataSet:
@@ -176,7 +175,9 @@ def open_data(source: SourceSettings, accelerator: Accelerator) -> DataSet:
     where = f'data set {source.name!r}'
     if not source.name:
         raise UserError('neither --dataset nor --data-dir is given')
-    if Path(source.name).is_dir() and (source.data_dir or source.dataset != 'digits'):
+    is_folder = Path(source.name).is_dir() and (source.data_dir is not None or source.dataset != 'digits')
+    check_same(accelerator, {f'{where} as a local folder': 'found' if is_folder else 'not found'})
+    if is_folder:
         return _open_folder(source.name, source, where, accelerator)
     name, _, revision = source.name.partition('@')
     if source.data_dir or name.startswith(('.', '/', '~')) or name.count('/') > 1:
@@ -188,7 +189,7 @@ def open_data(source: SourceSettings, accelerator: Accelerator) -> DataSet:
     load = partial(_load, name, where, name=source.dataset_config, streaming=source.streaming,
                    revision=commit or revision or None)
     with nullcontext() if commit else _cache_alone():
-        splits = _main_process_first(accelerator, load)
+        splits = first_on_each_machine(accelerator, load)
     return DataSet(splits, where, dict(hub=name, revision=commit))
 
 

@@ -280,24 +280,33 @@ def make_batches(images: Images, settings: ImageSettings, cfg: dict[str, Any], a
     """
     mean, std = _mean_and_std(settings, cfg, channels)
     train, device = augmentation is not None, accelerator.device
+    pairs = augmentation is not None and augmentation.mixes
     order: dict[str, Any] = dict(train=train, seed=seed, rank=accelerator.process_index,
-                                 world_size=accelerator.num_processes)
+                                 world_size=accelerator.num_processes, pairs=pairs)
+    if pairs and settings.batch_size % 2:
+        raise UserError(f'--batch-size {settings.batch_size} is odd, and --mixup and --cutmix mix pairs; give an even '
+                        'one')
     if isinstance(images, ImageSet):
         _check_image_size(settings, cfg, _image_size(images))
         looks: dict[str, Any] = {}
-        if augmentation is not None:
-            looks = dict(crop_padding=augmentation.crop_padding, hflip=augmentation.hflip)
+        if augmentation is not None and augmentation.aug:
+            looks = dict(crop_padding=augmentation.crop_padding, hflip=augmentation.hflip, vflip=augmentation.vflip)
         return MemoryBatches(images.to(device), settings.batch_size, mean, std, **looks, **order)
     if augmentation is None:
         looks = dict(crop_pct=cfg['crop_pct'], crop_mode=cfg['crop_mode'])
     else:
-        looks = dict(scale=augmentation.scale, hflip=augmentation.hflip, color_jitter=augmentation.color_jitter,
+        looks = dict(no_aug=not augmentation.aug, scale=augmentation.scale, ratio=augmentation.ratio,
+                     hflip=augmentation.hflip, vflip=augmentation.vflip, color_jitter=augmentation.color_jitter,
                      auto_augment=augmentation.aa)
     if channels == 1 and augmentation is not None and augmentation.aa:
         raise UserError(f"--aa {augmentation.aa}: timm's policies are of colours, and in_chans is 1; leave it out")
+    if augmentation is not None and augmentation.aa and 'inc1' in augmentation.aa and 'mmax' not in augmentation.aa:
+        raise UserError(f'--aa {augmentation.aa}: at its strongest timm asks Pillow for pictures of 0 bits, which it '
+                        f'refuses since version 13; write {augmentation.aa}-mmax9')
     size = (settings.img_size,) * 2 if settings.img_size else cfg['input_size'][1:]
+    interpolation = augmentation and augmentation.train_interpolation or cfg['interpolation']
     transform = create_transform((channels, *size), is_training=train, use_prefetcher=True,  # uint8, not normalised
-                                 interpolation=cfg['interpolation'], **looks)
+                                 interpolation=interpolation, **looks)
     split = images if isinstance(images, Split) else images.split
     read, reads = ReadImage(transform, split.where, channels), (mean, std, device, settings.workers)
     if isinstance(images, ImageRows):
