@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from harness.cli import make_settings, run_script
+from harness.data.loaders import make_batches
 from harness.data.mixing import make_mix
-from harness.data.splits import load_splits, make_batches
+from harness.data.splits import load_splits
 from harness.errors import UserError
 from harness.graphs import check_recordable
 from harness.launch import LaunchSettings, describe_processes, join_processes

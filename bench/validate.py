@@ -17,9 +17,10 @@ from timm.data import resolve_data_config
 
 from harness.cli import Parser, add_flags, make_settings, run_script
 from harness.data.columns import open_split, rename_classes
+from harness.data.loaders import make_batches
 from harness.data.settings import ImageSettings
 from harness.data.sources import SourceSettings, open_data
-from harness.data.splits import check_classes, load_images, make_batches
+from harness.data.splits import check_classes, load_images
 from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv

@@ -22,10 +22,11 @@ class TrackingSettings:
 
 def check_trackers(settings: TrackingSettings) -> None:
     """Raises UserError if a tracker isn't installed: Accelerate would leave it out without a word."""
-    installed = [str(tracker) for tracker in get_available_trackers()]
+    installed = {str(tracker) for tracker in get_available_trackers()} & {*TRACKERS}
     for name in settings.log_with:
-        if name != 'all' and name not in installed:
-            raise UserError(f'--log-with {name}: it is not installed; pip install {name}')
+        if name not in installed and not (name == 'all' and installed):
+            wanted = TRACKERS[0] if name == 'all' else name
+            raise UserError(f'--log-with {name}: it is not installed; pip install {wanted}')
 
 
 def start_trackers(settings: TrackingSettings, accelerator: Accelerator, folder: Path, flags: dict[str, Any]) -> None:

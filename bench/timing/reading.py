@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from harness.cli import flag, positive_int
 from harness.data.columns import open_split
+from harness.data.loaders import make_batches
 from harness.data.settings import AugmentationSettings, ImageSettings
 from harness.data.sources import SourceSettings, open_data
-from harness.data.splits import load_images, make_batches
+from harness.data.splits import load_images
 from harness.errors import UserError
 from harness.paths import BENCH
 from timing.rows import spread

@@ -15,8 +15,9 @@ from timm.data import create_transform
 
 import validate
 from harness.data.large_images import ImageRows, LoaderBatches, ReadImage
+from harness.data.loaders import make_batches
 from harness.data.settings import AugmentationSettings, ImageSettings
-from harness.data.splits import hold_out, make_batches
+from harness.data.splits import hold_out
 from harness.errors import RankError
 from harness.run_folder import RunFolder
 from support.commands import assert_same_run, read_results, run_here

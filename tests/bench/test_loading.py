@@ -58,6 +58,19 @@ def refused_by_both(toy_folder, toy_flags, tmp_path, model):
 # --- from the Hub
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'convnext_atto'])
+def test_the_recipe_finetune_starts_from_a_network_of_the_hub(hub, toy_folder, tmp_path, name):
+    hub.repo('our/toy').commit(files(name))
+    result = run_here('train.py', '-c', 'finetune', '--data-dir', toy_folder, '--model', 'hf-hub:our/toy', '--img-size',
+                      '32', '--epochs', '1', '--warmup-lr', '1e-9',  # so that it stays where it starts
+                      '-b', '8', '-j', '0', '--threads', '1', '--output', tmp_path, '--experiment', 'a')
+    assert result.returncode == 0, result.stderr
+    assert 'p_L 0.9, expected depth' in result.stderr
+    first = next(key for key in state(name) if key.endswith('weight'))
+    assert torch.allclose(weights(tmp_path / 'a')[first], state(name)[first], atol=1e-4)
+    assert read_results(tmp_path / 'a')['changed_from_recipe']['model'] == 'hf-hub:our/toy'
+
+
 @pytest.mark.parametrize('name', ['sd_resnet20_cifar', 'resnet18'])  # ours, and timm's own
 def test_a_network_of_the_hub(hub, toy_folder, toy_flags, tmp_path, name):
     hub.repo('our/toy').commit(files(name))
