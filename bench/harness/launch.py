@@ -30,7 +30,7 @@ def describe_processes(accelerator: Accelerator) -> str:
 
 def make_accelerator() -> Accelerator:
     """Joins the other processes that a launcher started. Precision and compilation are the flags' business."""
-    return Accelerator(mixed_precision='no', dynamo_backend='no')
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision='no', dynamo_backend='no')
 
 
 def join_processes(settings: LaunchSettings) -> Accelerator:

@@ -176,7 +176,7 @@ def open_data(source: SourceSettings, accelerator: Accelerator) -> DataSet:
     if not source.name:
         raise UserError('neither --dataset nor --data-dir is given')
     is_folder = Path(source.name).is_dir() and (source.data_dir is not None or source.dataset != 'digits')
-    check_same(accelerator, {f'{where} as a local folder': 'found' if is_folder else 'not found'})
+    check_same(accelerator, {'the data as a local folder': 'found' if is_folder else 'not found'})
     if is_folder:
         return _open_folder(source.name, source, where, accelerator)
     name, _, revision = source.name.partition('@')
