@@ -17,7 +17,7 @@ from harness.cli import make_settings, run_script
 from harness.data.splits import load_splits, make_batches
 from harness.errors import UserError
 from harness.graphs import check_recordable
-from harness.launch import LaunchSettings, describe_processes, join_processes
+from harness.launch import LaunchSettings, describe_processes, join_processes, settle_precision
 from harness.network import build_network, first_branch_weight, registered_name
 from harness.optimizer import build_optimizer
 from harness.recipes import TrainFlags, group_flags, parse_train_flags
@@ -83,7 +83,8 @@ def main() -> None:
     """Parses, checks everything, and only then makes the run folder and trains."""
     args = parse_train_flags()
     registered_name(args.model)
-    accelerator = join_processes(make_settings(LaunchSettings, args))
+    accelerator = join_processes(make_settings(LaunchSettings, args), args.grad_accum_steps)
+    args.amp, _ = settle_precision(args.amp, None)
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
     trainer = build_trainer(flags, accelerator)
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, go_on='run the same line with --resume auto')
