@@ -31,8 +31,8 @@ Settings = TypeVar('Settings')
 Number = TypeVar('Number', int, float)
 
 # Of gloo and NCCL, whose errors are RuntimeErrors of many meanings.
-GONE = re.compile('(Connection (closed|reset) by peer|Broken pipe|Socket closed|Timed out waiting|connectFullMesh '
-                  'failed|remote process exited|Watchdog caught collective operation timeout)[^;\\n]*')
+GONE = re.compile('Connection (closed|reset) by peer|Broken pipe|Socket closed|Timed out waiting|connectFullMesh '
+                  'failed|remote process exited|Watchdog caught collective operation timeout')
 
 
 def run_script(main: Callable[[], None], go_on: str = GO_ON) -> None:

@@ -1,6 +1,8 @@
 """How many processes train together, with how many threads, and what else the launcher that started them asks for."""
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,17 +18,17 @@ from harness.machine import cores
 
 Made = TypeVar('Made')
 
-# What `accelerate launch` and its config file can ask for, beyond more processes, and what train.py says to it.
+# What `accelerate launch` and its config file can ask for, beyond more processes, and why it is refused.
 # Their other variables (FSDP_*, ACCELERATE_DYNAMO_MODE, ...) mean something only together with one of these.
 NOT_FOLLOWED = {
-    'ACCELERATE_USE_DEEPSPEED': 'DeepSpeed',
-    'ACCELERATE_USE_FSDP': 'FSDP',
-    'ACCELERATE_USE_MEGATRON_LM': 'Megatron-LM',
-    'ACCELERATE_USE_PARALLELISM_CONFIG': 'tensor, context and sequence parallelism',
-    'ACCELERATE_USE_SAGEMAKER': 'SageMaker',
-    'ACCELERATE_USE_IPEX': "Intel's extension",
-    'ACCELERATE_IN_TPU_POD': 'TPUs',
-    'ACCELERATE_DYNAMO_BACKEND': 'its way to compile; take --compile blocks instead',
+    'ACCELERATE_USE_DEEPSPEED': 'processes train together by data parallelism alone, not by DeepSpeed',
+    'ACCELERATE_USE_FSDP': 'processes train together by data parallelism alone, not by FSDP',
+    'ACCELERATE_USE_MEGATRON_LM': 'processes train together by data parallelism alone, not by Megatron-LM',
+    'ACCELERATE_USE_PARALLELISM_CONFIG': 'processes train together by data parallelism alone, and by no other',
+    'ACCELERATE_USE_SAGEMAKER': 'nothing here was tried on SageMaker',
+    'ACCELERATE_USE_IPEX': "Intel's extension for PyTorch is not used",
+    'ACCELERATE_IN_TPU_POD': 'nothing here was tried on a TPU',
+    'ACCELERATE_DYNAMO_BACKEND': 'to compile, give train.py --compile blocks',
 }
 OFF = ('', '0', 'f', 'false', 'n', 'no', 'none', 'off')
 PRECISIONS = {'no': None, 'bf16': 'bfloat16', 'fp16': 'float16'}
@@ -117,15 +119,14 @@ def check_launcher() -> None:
     for name, what in NOT_FOLLOWED.items():
         value = os.environ.get(name, '')
         if value.lower() not in OFF:
-            raise UserError(f'the launcher asks for {what} ({name}={value}), which is not followed here; {LEAVE_OUT}')
+            raise UserError(f'the launcher says {name}={value}, which is not followed: {what}; {LEAVE_OUT}')
     given = {name: os.environ[name] for name in RENDEZVOUS if os.environ.get(name)}
     if not given.keys() & {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'}:
         return
     way_out = 'start it with torchrun or accelerate launch (README, Several processes), or unset them'
     missing = [name for name in RENDEZVOUS if name not in given]
     if missing:
-        raise UserError(f'{" and ".join(given)} are set for several processes, but not {" and ".join(missing)}; '
-                        f'{way_out}')
+        raise UserError(f'{", ".join(given)} are set for several processes, but not {", ".join(missing)}; {way_out}')
     given['LOCAL_WORLD_SIZE'] = os.environ.get('LOCAL_WORLD_SIZE') or '1'
     for name, value in given.items():
         if name != 'MASTER_ADDR' and not (value.isascii() and value.isdigit()):
@@ -161,6 +162,25 @@ def warn_of_others(accelerator: Accelerator) -> None:
           flush=True)
 
 
+def wait_for_first_process(timeout: int | None) -> None:
+    """Returns when it can be reached; torch waits for it too, but logs pages of stack frames where it waits in vain.
+
+    Raises:
+        OSError: If it can't be reached in time.
+    """
+    if os.environ.get('RANK', '0') == '0' or 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun has met the others
+        return
+    end = time.monotonic() + (timeout or torch.distributed.default_pg_timeout.total_seconds())
+    while True:
+        try:
+            socket.create_connection((os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])), 10).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
 def make_accelerator(timeout: int | None = None) -> Accelerator:
     """Joins the other processes that a launcher started. Precision and compilation are the flags' business.
 
@@ -183,8 +203,9 @@ def make_accelerator(timeout: int | None = None) -> Accelerator:
     kept = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     handlers = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
     try:
+        wait_for_first_process(timeout)
         accelerator = Accelerator(cpu=not on_gpus, mixed_precision='no', dynamo_backend='no', kwargs_handlers=handlers)
-    except torch.distributed.DistError as error:
+    except (OSError, torch.distributed.DistError) as error:
         raise RankError(f'the {processes} processes did not find each other at {address} ({one_line(error, 150)}); '
                         'check that address, and that all of them were started; --timeout says how long they '
                         'wait') from error
