@@ -51,7 +51,8 @@ def test_accumulation_is_that_of_the_flag(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(('said', 'given', 'settled'), [
-    (None, (None, None), (None, None)), ('no', (False, None), (False, None)), ('no', (True, 'float16'), (True, 'float16')),
+    (None, (None, None), (None, None)), ('no', (False, None), (False, None)),
+    ('no', (True, 'float16'), (True, 'float16')),
     ('bf16', (None, None), (True, 'bfloat16')), ('fp16', (True, None), (True, 'float16')),
     ('fp16', (None, 'float16'), (True, 'float16')),
 ])
@@ -71,8 +72,9 @@ def test_a_flag_that_contradicts_it_is_refused(monkeypatch, given, flag):
 # --- how processes find each other
 
 @pytest.mark.parametrize(('change', 'words'), [
-    (dict(MASTER_ADDR=None), 'not MASTER_ADDR;'), (dict(MASTER_PORT=''), 'not MASTER_PORT;'), (dict(RANK=None), 'not RANK;'),
-    (dict(WORLD_SIZE=None), 'not WORLD_SIZE;'), (dict(LOCAL_RANK=None), 'not LOCAL_RANK;'), (dict(RANK='2'), 'RANK is 2,'),
+    (dict(MASTER_ADDR=None), 'not MASTER_ADDR;'), (dict(MASTER_PORT=''), 'not MASTER_PORT;'),
+    (dict(RANK=None), 'not RANK;'), (dict(WORLD_SIZE=None), 'not WORLD_SIZE;'),
+    (dict(LOCAL_RANK=None), 'not LOCAL_RANK;'), (dict(RANK='2'), 'RANK is 2,'),
     (dict(RANK='one'), "RANK is 'one', which is no number"), (dict(RANK='-1'), "RANK is '-1', which is no number"),
     (dict(WORLD_SIZE='2x'), "WORLD_SIZE is '2x'"), (dict(LOCAL_WORLD_SIZE='?'), "LOCAL_WORLD_SIZE is '?'"),
     (dict(MASTER_PORT='http'), "MASTER_PORT is 'http'"),
@@ -153,7 +155,7 @@ def test_one_task_is_no_matter(monkeypatch, capsys):
 def test_tasks_of_mpi_with_a_rendezvous_train_together(tmp_path):
     port = str(free_port())
     processes = [subprocess.Popen(
-        command('train.py', *SMALL, '--epochs', '1', '--require-processes', '2', '--output', tmp_path, '--experiment', 'a'),
+        command('train.py', *SMALL, '--epochs', '1', '--require-processes', '2', '--output', tmp_path),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=dict(
             os.environ, OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK=rank, OMPI_COMM_WORLD_LOCAL_SIZE='2',
             OMPI_COMM_WORLD_LOCAL_RANK=rank, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for rank in '01']

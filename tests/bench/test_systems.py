@@ -10,9 +10,9 @@ from support.commands import BENCH, assert_same_run, bench, command, refused, ru
 from support.data import write_classes
 from support.waiting import hear_sigint, wait_until
 
-# Python runs it at its start, in workers too. What the standard library takes from these modules is imported before.
+# Python runs it at its start, in workers too. What others take from these modules is imported before.
 WINDOWS = """
-import fcntl, multiprocessing, selectors, signal, subprocess, sys, types
+import fcntl, filelock, multiprocessing, selectors, signal, subprocess, sys, types
 
 def locking(file, mode, size, lock=fcntl.lockf, flags=fcntl.LOCK_EX | fcntl.LOCK_NB):
     assert (mode, size) == (2, 1)
