@@ -205,7 +205,9 @@ def make_accelerator(timeout: int | None = None) -> Accelerator:
     try:
         wait_for_first_process(timeout)
         accelerator = Accelerator(cpu=not on_gpus, mixed_precision='no', dynamo_backend='no', kwargs_handlers=handlers)
-    except (OSError, torch.distributed.DistError) as error:
+    except (OSError, RuntimeError) as error:  # gloo's and NCCL's are RuntimeErrors
+        if processes == 1:
+            raise
         raise RankError(f'the {processes} processes did not find each other at {address} ({one_line(error, 150)}); '
                         'check that address, and that all of them were started; --timeout says how long they '
                         'wait') from error

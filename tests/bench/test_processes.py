@@ -163,7 +163,7 @@ def checkpoints(output):
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_equal(tmp_path):
     whole, header = done(torchrun(tmp_path / 'whole'))
     assert '2 processes x batch 32' in header
-    process = torchrun(tmp_path / 'killed', '--max-restarts', '1')
+    process = torchrun(tmp_path / 'killed', '--standalone', '--max-restarts', '1')
     try:
         wait_until(lambda: checkpoints(tmp_path / 'killed'), process=process)
         os.kill(ranks(process)[1], signal.SIGKILL)

@@ -12,7 +12,7 @@ from support.waiting import hear_sigint, wait_until
 
 # Python runs it at its start, in workers too. What others take from these modules is imported before.
 WINDOWS = """
-import fcntl, filelock, multiprocessing, selectors, signal, subprocess, sys, types
+import fcntl, filelock, multiprocessing, os, selectors, signal, subprocess, sys, types
 
 def locking(file, mode, size, lock=fcntl.lockf, flags=fcntl.LOCK_EX | fcntl.LOCK_NB):
     assert (mode, size) == (2, 1)
@@ -21,7 +21,8 @@ def locking(file, mode, size, lock=fcntl.lockf, flags=fcntl.LOCK_EX | fcntl.LOCK
 msvcrt = types.ModuleType('msvcrt')
 msvcrt.LK_NBLCK, msvcrt.locking = 2, locking
 sys.modules.update(msvcrt=msvcrt, fcntl=None, grp=None, pwd=None)
-del signal.SIGCHLD
+if 'NO_SIGCHLD' in os.environ:  # torch's own workers want it, as this is no Windows
+    del signal.SIGCHLD
 multiprocessing.set_start_method('spawn')
 """
 STREAM = ['--streaming', '--epoch-size', '16', '--val-split', 'test']
@@ -62,16 +63,20 @@ def test_a_training_with_spawned_workers_is_the_same(windows, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_a_run_folder_is_locked(windows, toy_folder, tmp_path):
-    args = flags(toy_folder, tmp_path, '--epochs', '1000', '--resume', 'auto')
+def test_a_run_folder_is_locked_and_a_signal_is_one_line(windows, toy_folder, tmp_path):
+    args = flags(toy_folder, tmp_path, '--epochs', '1000', '--val-per-class', '3', '--resume', 'auto')
     args.remove('--no-in-memory')
-    with subprocess.Popen(command('train.py', *args, 'a'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                          env=windows) as process:
+    with subprocess.Popen(command('train.py', *args, 'a'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                          env=dict(windows, NO_SIGCHLD='1')) as process:
         try:
             wait_until((tmp_path / 'a' / 'checkpoints' / 'checkpoint-0001.pt').exists, process=process)
             other = bench('train.py', *args, 'a', env=windows)
+            process.send_signal(signal.SIGTERM)
+            _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
+    assert process.returncode == 143, stderr
+    assert 'Traceback' not in stderr
     assert other.returncode == 2, other.stderr
     assert 'is being trained by another process' in other.stderr.splitlines()[-1]
 
@@ -83,7 +88,7 @@ def test_ctrl_c_while_workers_import_is_one_line(windows, toy_folder, tmp_path):
     def is_worker(pid):
         return b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()
 
-    args = flags(toy_folder, tmp_path, '--epochs', '1000')
+    args = flags(toy_folder, tmp_path, '--epochs', '1000', '--val-per-class', '3')
     with subprocess.Popen(command('train.py', *args, 'a'), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           env=windows, preexec_fn=hear_sigint, start_new_session=True) as process:
         children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
