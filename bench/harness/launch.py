@@ -121,8 +121,8 @@ def check_launcher() -> None:
         if value.lower() not in OFF:
             raise UserError(f'the launcher says {name}={value}, which is not followed: {what}; {LEAVE_OUT}')
     given = {name: os.environ[name] for name in RENDEZVOUS if os.environ.get(name)}
-    if not given.keys() & {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'}:
-        return
+    if not given.keys() & {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} or torch.distributed.is_initialized():
+        return  # one process, or those that somebody else has joined already
     way_out = 'start it with torchrun or accelerate launch (README, Several processes), or unset them'
     missing = [name for name in RENDEZVOUS if name not in given]
     if missing:
