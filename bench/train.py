@@ -21,6 +21,7 @@ from harness.data.splits import load_splits
 from harness.errors import UserError
 from harness.graphs import check_recordable
 from harness.launch import LaunchSettings, describe_processes, join_processes
+from harness.launcher import settle_precision
 from harness.loss import make_loss
 from harness.machine import code_digest, precision, versions
 from harness.network import build_network, check_initial_classes, digest_of, first_branch_weight, registered_name
@@ -44,7 +45,7 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
                        progress=accelerator.is_main_process and sys.stderr.isatty())
     check_same(accelerator, {f'{key} of the data': value for key, value in data.record['data'].items()
                              if key != 'folder'})  # each machine may have its own name for it
-    check_initial_classes(flags.network, data.class_names)
+    check_initial_classes(flags.depth.initial_checkpoint, data.class_names)
     torch.manual_seed(seed)
     model = build_network(flags.network, flags.depth, len(data.class_names), seed,
                           img_size=flags.images.img_size).to(accelerator.device)
@@ -54,7 +55,7 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
         raise UserError('--batch-size 1 gives batch norm one image, which has no variance; give 2 or more')
     if flags.training.cuda_graphs:
         check_recordable(model, flags.depth, flags.images.in_memory, accelerator, flags.network.amp_dtype)
-    if flags.network.sync_bn and accelerator.device.type == 'cpu':
+    if flags.depth.sync_bn and accelerator.device.type == 'cpu':
         raise UserError('--sync-bn: torch has it on GPUs alone; leave it out')
     evaluated = replace(flags.images, batch_size=flags.splits.validation_batch_size or flags.images.batch_size)
     batches = {name: make_batches(images, flags.images if name == 'train' else evaluated, model.pretrained_cfg,
@@ -108,10 +109,10 @@ def main() -> None:
     args = parse_train_flags()
     registered_name(args.model)
     check_trackers(make_settings(TrackingSettings, args))
-    accelerator = join_processes(make_settings(LaunchSettings, args))
+    args.amp, args.amp_dtype = settle_precision(args.amp, args.amp_dtype)
+    accelerator = join_processes(make_settings(LaunchSettings, args), args.grad_accum_steps)
     args.initial_sha256 = digest_of(args.initial_checkpoint)  # recorded: a resumed run is of the same weights
     check_ranks(vars(args), accelerator)
-    args.amp_dtype = args.amp_dtype or 'bfloat16'
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
     trainer = build_trainer(flags, accelerator)
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, go_on='run the same line with --resume auto')

@@ -25,6 +25,7 @@ from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv
 from harness.launch import make_accelerator
+from harness.launcher import settle_precision
 from harness.network import NetworkSettings, check_loaded, check_size, local_source, registered_name, size_kwargs
 from harness.run_folder import read_metadata
 from timm_sd.weight_files import check_finite, check_weights
@@ -38,7 +39,7 @@ def validate_parser() -> Parser:
     parser.add_argument('--checkpoint', help='safetensors file, such as model.safetensors of a run folder')
     parser.add_argument('--results-file', help='CSV to write')
     # None: as the checkpoint says.
-    parser.set_defaults(model=None, dataset='uoft-cs/cifar10', amp=False, in_memory=None, model_kwargs=None)
+    parser.set_defaults(model=None, dataset='uoft-cs/cifar10', in_memory=None, model_kwargs=None)
     return parser
 
 
@@ -110,6 +111,7 @@ def main() -> None:
         file_to_replace(Path(flags.results_file), '--results-file')
     flags.in_memory = flags.in_memory is not False
     flags.model_kwargs = flags.model_kwargs or {}
+    flags.amp, flags.amp_dtype = settle_precision(flags.amp, flags.amp_dtype)
     accelerator = make_accelerator()
     images, network = make_settings(ImageSettings, flags), make_settings(NetworkSettings, flags)
     source = make_settings(SourceSettings, flags)
@@ -132,7 +134,8 @@ def main() -> None:
     # As timm's script: registered weights are evaluated at their test size, a checkpoint at train.py's.
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not flags.checkpoint)
     batches = make_batches(loaded, images, cfg, accelerator, channels=network.channels)
-    metrics = evaluate(model, batches, accelerator, autocast(accelerator.device, bool(network.amp)))
+    metrics = evaluate(model, batches, accelerator,
+                       autocast(accelerator.device, bool(network.amp), dtype=flags.amp_dtype))
     if not math.isfinite(metrics['loss']):
         raise UserError(f'the outputs of {flags.checkpoint or flags.model} are not finite on {split.where}')
     row = dict(

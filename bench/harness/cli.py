@@ -10,41 +10,65 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
 import yaml
 from tqdm import tqdm
 
 from harness.errors import RankError, UserError, one_line
 from harness.hub_client import limit_time
+from harness.interrupts import GO_ON, speaks, stopped_by
 from timm_sd.asking import hide_password
 
 Settings = TypeVar('Settings')
 Number = TypeVar('Number', int, float)
 
+# Of gloo and NCCL, whose errors are RuntimeErrors of many meanings.
+GONE = re.compile('Connection (closed|reset) by peer|Broken pipe|Socket closed|Timed out waiting|connectFullMesh '
+                  'failed|remote process exited|Watchdog caught collective operation timeout')
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`. A `UserError`, SIGINT and SIGTERM become one line on stderr and status 2, 130 and 143."""
-    main_process, came = os.getpid(), []
+
+def run_script(main: Callable[[], None], go_on: str = GO_ON) -> None:
+    """Runs a script's `main`, and tells in one line on stderr why it ended.
+
+    A `UserError` is exit status 2, SIGINT 130 and SIGTERM 143; the loss of another process of the training is 1.
+
+    Args:
+        main: The script.
+        go_on: What a person does to go on after an interruption.
+    """
+    came: list[signal.Signals] = []
+    main_process, running, first = os.getpid(), True, 0.
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        if os.getpid() != main_process:  # a worker, which was started with our handler
+        nonlocal first
+        if os.getpid() != main_process or came and time.monotonic() - first > 1:
+            # A worker, which was started with our handler, or a second signal: it ends at once. A launcher passes the
+            # signal on that its processes got too, so one that comes with the first is no second.
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if came:
+            return
         came.append(signal.Signals(number))
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise at the end of a worker
+        first = time.monotonic()
+        if hasattr(signal, 'SIGCHLD'):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise at the end of a worker
         for worker in multiprocessing.active_children():
             worker.kill()  # else it may wait for us, or complain
-        raise KeyboardInterrupt  # what is open is closed
+        if running:
+            raise KeyboardInterrupt  # what is open is closed
 
-    def end(text: str, status: int, every_rank: bool = False) -> NoReturn:
+    def end(text: str, status: int, tells: bool) -> NoReturn:
         for bar in list(getattr(tqdm, '_instances', ())):  # else the line would begin behind one
             bar.close()
-        if every_rank or os.environ.get('LOCAL_RANK', '0') == '0':
+        if tells:
             print(f'{Path(sys.argv[0]).name}: {one_line(hide_password(text), 10_000)}', file=sys.stderr, flush=True)
         sys.exit(status)
 
@@ -55,14 +79,30 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except BaseException as error:
+        running = False
         if came:  # whatever libraries made of the interruption
-            end(f'stopped by {came[0].name}', 128 + came[0])
+            end(stopped_by(came[0], go_on), 128 + came[0], speaks())
         if isinstance(error, UserError):
-            end(f'error: {error}', 2, isinstance(error, RankError))
+            end(f'error: {error}', 2, isinstance(error, RankError) or os.environ.get('LOCAL_RANK', '0') == '0')
+        lost = loss_of_a_process(error)
+        if lost:
+            end(f'another process of this training is gone ({lost}); the report of what started them says which; '
+                f'to go on, {go_on}', 1, speaks() or 'TORCHELASTIC_ERROR_FILE' not in os.environ)
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not came:  # else the line has been told
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def loss_of_a_process(error: BaseException) -> str | None:
+    """What torch.distributed says where a process that it waits for is gone, or silent for --timeout; else None."""
+    if not isinstance(error, RuntimeError) or not torch.distributed.is_available() \
+            or not torch.distributed.is_initialized():
+        return None
+    found = GONE.search(str(error))
+    of_the_store = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError)
+    return one_line(found[0] if found else error, 80) if found or of_the_store else None
 
 
 # --- types of values

@@ -27,10 +27,7 @@ class NetworkSettings:
     """Network."""
     model: str = flag('sd_resnet110_cifar', "timm's name of the network")
     pretrained: bool = flag(False, 'start from the published weights')
-    initial_checkpoint: str | None = flag(None, 'file of weights to start from, such as model.safetensors of a run')
     model_kwargs: dict[str, Any] = flag({}, "more arguments of timm's create_model", **KEY_VALUES)
-    drop: float | None = flag(None, 'dropout in front of the classifier', type=drop_rate)
-    sync_bn: bool = flag(False, 'batch norm over all processes, on GPUs')
     amp: bool | None = flag(None, 'autocast; None: as the run was begun, or if faster',
                             action=argparse.BooleanOptionalAction)
     amp_dtype: str | None = flag(None, "of autocast (default: bfloat16, or the launcher's)",
@@ -52,13 +49,16 @@ class NetworkSettings:
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """Stochastic depth, and how the blocks are run."""
+    """Stochastic depth, and the network in training."""
     drop_path: float | None = flag(None, "1 - p_L (default: the model's)", type=drop_rate)
     drop_path_schedule: str | None = flag(None, "of p_l over the blocks (default: the model's)",
                                           choices=timm_sd.SCHEDULES)
     drop_path_mode: str | None = flag(None, "what one gate drops (default: the model's)", choices=timm_sd.MODES)
     drop_path_scale: str | None = flag(None, "of the branch: eval is the paper's, train is timm's (default: the "
                                        "model's)", choices=timm_sd.SCALES)
+    initial_checkpoint: str | None = flag(None, 'file of weights to start from, such as model.safetensors of a run')
+    drop: float | None = flag(None, 'dropout in front of the classifier', type=drop_rate)
+    sync_bn: bool = flag(False, 'batch norm over all processes, on GPUs')
     grad_checkpointing: bool = flag(False, 'recompute activations to save memory')
     compile: str | None = flag(None, "torch.compile: 'blocks' compiles each residual branch and leaves the gates "
                                      'outside', choices=('blocks', 'model'))
@@ -174,9 +174,8 @@ def digest_of(file: str | None) -> str | None:
         return checksum(file, like='0' * 64)
 
 
-def check_initial_classes(network: NetworkSettings, class_names: Sequence[str]) -> None:
+def check_initial_classes(file: str | None, class_names: Sequence[str]) -> None:
     """Raises UserError if --initial-checkpoint says that it counts its classes by other names than the data's."""
-    file = network.initial_checkpoint
     theirs = json.loads(read_metadata(file).get('label_names', 'null')) if file else None
     if theirs is not None and list(theirs) != list(class_names):
         raise UserError(f'--initial-checkpoint {file} knows the {len(theirs)} classes {", ".join(theirs[:3])} ..., and '
@@ -208,16 +207,16 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
             kwargs.update({f'drop_path_{key}': value for key, value in choices.items()}, drop_path_seed=seed)
             if depth.drop_path is not None:
                 kwargs['drop_path_rate'] = depth.drop_path
-        if network.drop is not None:
-            kwargs['drop_rate'] = network.drop
+        if depth.drop is not None:
+            kwargs['drop_rate'] = depth.drop
         model: Any = timm.create_model(local, pretrained=network.pretrained, num_classes=num_classes, **kwargs,
                                        **dict(size_kwargs(name, img_size), **network.model_kwargs))
         if network.pretrained:
             check_loaded(model)
         check_size(model, network, img_size)
-        if network.initial_checkpoint:
-            load_initial(model, network.initial_checkpoint)
-        if network.sync_bn:
+        if depth.initial_checkpoint:
+            load_initial(model, depth.initial_checkpoint)
+        if depth.sync_bn:
             model = convert_sync_batchnorm(model)
         if not is_ours(name) and depth.drop_path:
             timm_sd.add_stochastic_depth(model, depth.drop_path, **choices, seed=seed)

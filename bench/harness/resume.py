@@ -1,6 +1,5 @@
 """Which run folder the flags mean: a new one, or with --resume the one to go on with."""
 import argparse
-import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,14 +16,19 @@ from harness.run_folder import RunFolder
 
 # Flags that change nothing that is computed beyond rounding: they may differ between a run and its resumption.
 MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_interval', 'checkpoint_hist', 'data_dir',
-              'threads', 'workers', 'require_processes', 'grad_checkpointing', 'cuda_graphs', 'validation_batch_size',
-              'log_with')
+              'threads', 'timeout', 'workers', 'require_processes', 'grad_checkpointing', 'cuda_graphs',
+              'validation_batch_size', 'log_with')
+
+# Names that Windows keeps for devices, whatever follows behind a dot.
+DEVICES = {'CON', 'PRN', 'AUX', 'NUL', *(f'{port}{number}' for port in ('COM', 'LPT') for number in range(10))}
 
 
 def folder_name(text: str) -> str:
-    """An argparse type: the name of one folder."""
-    if text in ('', '.', '..') or {'/', os.sep} & {*text} or not text.isprintable():
-        raise argparse.ArgumentTypeError(f'{text!r} must be the name of one folder, which is made below --output')
+    """An argparse type: the name of one folder, which every system can have, so that it can be copied to any."""
+    if {*text} & {*'<>:"/\\|?*'} or not text.isprintable() or text != text.rstrip(' .') or not text \
+            or text.partition('.')[0].rstrip(' ').upper() in DEVICES:
+        raise argparse.ArgumentTypeError(f'{text!r} must be the name of one folder, which is made below --output, and '
+                                         'one that Windows can have too')
     return text
 
 

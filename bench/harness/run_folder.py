@@ -9,7 +9,6 @@
     mistakes.png         test images that the best weights get wrong
 """
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -86,7 +85,7 @@ class RunFolder:
         """
         file = os.open(self.checkpoints / '.lock', os.O_RDWR | os.O_CREAT)  # never closed: that would unlock it
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except OSError as error:
             raise UserError(f'{self.path} is being trained by another process; wait for it, or choose '
                             'another --experiment') from error
@@ -280,6 +279,17 @@ class RunFolder:
         for path in self.checkpoints.glob('*-*'):
             if number_in_name(path) > epochs:
                 path.unlink()
+
+
+def _lock(file: int) -> None:
+    # Not flock, as the package filelock does: workers inherit it, and outlive a killed process by seconds.
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _as_safetensors(weights: dict[str, torch.Tensor], metadata: dict[str, Any]) -> bytes:

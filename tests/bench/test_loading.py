@@ -243,7 +243,8 @@ def test_a_signal_ends_a_training_in_one_line(toy_flags, tmp_path, number, statu
             process.kill()
     assert process.returncode == status, stderr
     assert stdout == ''
-    assert stderr.splitlines()[-1] == f'train.py: stopped by {signal.Signals(number).name}'
+    last = f'train.py: stopped by {signal.Signals(number).name}; to go on, run the same line with --resume auto'
+    assert stderr.splitlines()[-1] == last
     assert 'Traceback' not in stderr
     result = run_here('train.py', *toy_flags, *workers, '--epochs', '3', '--output', tmp_path, '--experiment', 'b')
     assert result.returncode == 0
@@ -263,6 +264,7 @@ def test_a_signal_ends_what_reproduce_has_started(tmp_path, number, status):
         finally:
             process.kill()
     assert process.returncode == status, stderr
-    assert stderr.splitlines()[-1] == f'reproduce.py: stopped by {signal.Signals(number).name}'
+    last = f'reproduce.py: stopped by {signal.Signals(number).name}; to go on, run the same line again'
+    assert stderr.splitlines()[-1] == last
     assert 'Traceback' not in stderr
     assert subprocess.run(['pgrep', '-f', str(tmp_path)], capture_output=True).stdout == b''

@@ -1,9 +1,8 @@
-"""Several real processes (gloo): the update of one process, kill -9 of a rank, processes that don't know each other."""
+"""Several real processes (gloo): the update of one process, kill -9 of a rank, signals, torchrun's restarts."""
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,10 +11,12 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator, PartialState
 
+from harness.run_folder import RunFolder
 from support.commands import BENCH, assert_same_errors, assert_same_run, read_csv, read_results, run_here
+from support.processes import free_port, ranks
 from support.ranks import on_two_ranks
 from support.updates import check_updates
-from support.waiting import wait_until
+from support.waiting import hear_sigint, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -60,12 +61,6 @@ def test_two_ranks_evaluate_in_batches_of_any_size():
 TRAIN = ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '3', '--no-amp', '--threads', '1']
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
 def launch(output, *launcher_args, port=None, more=()):
     """A launcher of two processes, or one of two launchers of one each."""
     launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
@@ -73,7 +68,7 @@ def launch(output, *launcher_args, port=None, more=()):
                 *(launcher_args or ('--num_machines', '1'))]
     return subprocess.Popen(
         [*launcher, str(BENCH / 'train.py'), *flags(2, output), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=dict(os.environ, ACCELERATE_USE_CPU='true'))
+        text=True, env=dict(os.environ, ACCELERATE_USE_CPU='true'), preexec_fn=hear_sigint)
 
 
 def flags(processes, output):
@@ -90,12 +85,6 @@ def done(process):
         process.kill()
     assert process.returncode == 0, stderr
     return json.loads(stdout.splitlines()[-1]), stderr
-
-
-def ranks(launcher):
-    """Process ids of the ranks that a launcher started, in their order."""
-    children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children')
-    return [int(pid) for pid in children.read_text().split()]
 
 
 def test_killed_rank_ends_the_run_and_resume_goes_on_exactly(tmp_path):
@@ -158,14 +147,51 @@ def test_every_rank_ends_where_no_checkpoint_can_be_read(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
-def test_processes_that_do_not_train_together_are_refused(tmp_path):
-    """torchrun without Accelerate's variables: two processes that know nothing of each other."""
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port',
-                str(free_port()), str(BENCH / 'train.py'), *TRAIN, '--output', str(tmp_path)]
+def torchrun(output, *launcher_args, more=()):
+    """torchrun of two processes, without Accelerate's variables."""
     env = {key: value for key, value in os.environ.items() if not key.startswith('ACCELERATE')}
-    result = subprocess.run([*torchrun, '--require-processes', '2'], capture_output=True, text=True, timeout=240,
-                            env=dict(env, CUDA_VISIBLE_DEVICES=''))
-    assert result.returncode != 0
-    assert 'train.py: error: --require-processes is 2, but here train 1 process (of 2 started, which' \
-        in result.stderr
-    assert not list(tmp_path.iterdir())
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()),
+         *launcher_args, str(BENCH / 'train.py'), *flags(2, output), *more], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=dict(env, CUDA_VISIBLE_DEVICES=''), preexec_fn=hear_sigint)
+
+
+def checkpoints(output):
+    return [*(output / 'a' / 'checkpoints').glob('checkpoint-*.pt')]
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_ends_equal(tmp_path):
+    whole, header = done(torchrun(tmp_path / 'whole'))
+    assert '2 processes x batch 32' in header
+    process = torchrun(tmp_path / 'killed', '--standalone', '--max-restarts', '1')
+    try:
+        wait_until(lambda: checkpoints(tmp_path / 'killed'), process=process)
+        os.kill(ranks(process)[1], signal.SIGKILL)
+        restarted, stderr = done(process)
+    finally:
+        process.kill()
+    assert stderr.count('2 processes x batch 32') == 2
+    assert_same_run(tmp_path / 'killed' / 'a', tmp_path / 'whole' / 'a')
+    assert restarted['test_last'] == whole['test_last']
+
+
+@pytest.mark.parametrize('start', [torchrun, launch], ids=['torchrun', 'accelerate'])
+@pytest.mark.parametrize(('rank', 'number', 'words'), [
+    (None, signal.SIGINT, 'stopped by SIGINT;'), (None, signal.SIGTERM, 'stopped by SIGTERM;'),
+    (0, signal.SIGKILL, ''), (1, signal.SIGKILL, '')])
+def test_processes_end_with_one_line_in_all_and_go_on(tmp_path, start, rank, number, words):
+    """A signal to the launcher, or the loss of one rank, of which the others hear from gloo or from the launcher."""
+    process = start(tmp_path, more=['--epochs', '1000'])
+    try:
+        wait_until(lambda: checkpoints(tmp_path), process=process)
+        os.kill(process.pid if rank is None else ranks(process)[rank], number)
+        _, stderr = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert stderr.count('train.py: ') == 1, stderr
+    said = stderr.partition('train.py: ')[2].splitlines()[0]
+    assert said.endswith('; to go on, run the same line with --resume auto')
+    assert said.startswith(words or ('another process of this training is gone (', 'stopped by SIGTERM;'))
+    assert f'File "{BENCH}' not in stderr  # the traceback is the launcher's own
+    assert RunFolder(tmp_path / 'a').load_checkpoint()['epoch'] >= 1

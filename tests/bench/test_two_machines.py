@@ -5,13 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from support.commands import BENCH, summary
 from support.data import write_classes
-from support.ports import free_port
+from support.processes import free_port, ranks
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -86,8 +85,7 @@ def kill(processes):
     """Ends launchers and what they started, at once."""
     for process in processes:
         if process.poll() is None:
-            ranks = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-            for pid in (process.pid, *map(int, ranks)):
+            for pid in (process.pid, *ranks(process)):
                 os.kill(pid, signal.SIGKILL)
             process.communicate()
 

@@ -179,6 +179,7 @@ def test_a_signal_ends_it_in_one_line(hub, signed_in, run_folder, scratch, numbe
             process.kill()
     assert process.returncode == status
     assert stdout == ''
-    assert stderr.splitlines()[-1] == f'publish.py: stopped by {signal.Signals(number).name}'
+    last = f'publish.py: stopped by {signal.Signals(number).name}; to go on, run the same line again'
+    assert stderr.splitlines()[-1] == last
     assert 'Traceback' not in stderr
     assert set(head(repository(hub))) == {'.gitattributes'}
