@@ -62,6 +62,9 @@ def _begin_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder,
     differences = _differences(flags, old, defaults)
     if finished.read_results() is None:
         raise UserError(f'{finished.path} is not finished; finish it first, without --experiment')
+    if not finished.has_checkpoint:
+        raise UserError(f'{finished.path} has no checkpoint any more; --initial-checkpoint '
+                        f'{finished.path}/model.safetensors --experiment NEW begins with its weights')
     if differences.keys() != {'epochs'} or flags['epochs'] <= old['epochs']:
         raise UserError(f'{finished.path} was run with other flags ({"; ".join(differences.values()) or "the same"}); '
                         f'to go on with it in {folder.path} give more --epochs than its {old["epochs"]}, and nothing '

@@ -268,6 +268,11 @@ class RunFolder:
                             'written on another disk or by another version, or choose another --experiment')
         return None
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, damaged or not."""
+        return any(self.checkpoints.glob('checkpoint-*.pt'))
+
     def begin_from(self, other: 'RunFolder') -> None:
         """Copies another run's checkpoints, the newest last: a copy that was cut off is no run's beginning."""
         make_folder(self.checkpoints, '--output')

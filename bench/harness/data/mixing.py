@@ -5,7 +5,6 @@ any number of ranks and after a resume. The order is that of timm's own loader.
 """
 import random
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -34,8 +33,9 @@ class BatchAugmentation:
         self.mixup = Mixup(settings.mixup, settings.cutmix, prob=settings.mixup_prob,
                            switch_prob=settings.mixup_switch_prob, label_smoothing=smoothing,
                            num_classes=classes) if settings.mixes else None
+        self.on_cuda = batches.device.type == 'cuda'  # there the noise is drawn, else on the CPU
         self.erasing = RandomErasing(settings.reprob, mode=settings.remode, max_count=settings.recount,
-                                     device=batches.device) if settings.reprob else None
+                                     device=batches.device if self.on_cuda else 'cpu') if settings.reprob else None
 
     def __call__(self, x: torch.Tensor, target: torch.Tensor, number: int,
                  size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,12 +57,11 @@ class BatchAugmentation:
                 x, target = self.mixup(x, target)
         if self.erasing is not None:
             seeds = [draw.getrandbits(63) for _ in range(size)]
-            device: Any = x.device
-            others = dict(devices=[device], device_type=device.type) if device.type != 'cpu' else dict(devices=[])
-            with seeded(0), torch.random.fork_rng(**others):
+            seed_noise = torch.cuda.manual_seed if self.on_cuda else torch.default_generator.manual_seed
+            with seeded(0), torch.random.fork_rng([x.device] if self.on_cuda else []):
                 for image, place in zip(x, self.batches.share(size).tolist(), strict=True):
                     random.seed(seeds[place])
-                    torch.manual_seed(seeds[place])  # the noise is drawn on the device
+                    seed_noise(seeds[place])
                     self.erasing(image)
         return x, target
 
