@@ -28,7 +28,8 @@ VALUES = dict(
     decay_milestones=[2, 3, 4], decay_rate=0.5, min_lr=0.01, warmup_epochs=2, warmup_lr=0.02, warmup_constant=True,
     crop_padding=1, hflip=0.25, scale=[0.5, 0.75], color_jitter=0.1, aa='rand-m9', seed=11, grad_accum_steps=2,
     smoothing=0.1, eval_interval=6, log_gradients=True, cuda_graphs=True, log_interval=13, checkpoint_interval=15,
-    checkpoint_hist=4, output='elsewhere', experiment='name', resume='auto', require_processes=2, timeout=600, threads=8)
+    checkpoint_hist=4, output='elsewhere', experiment='name', resume='auto', require_processes=2, timeout=600,
+    threads=8)
 
 
 def parts(args):
