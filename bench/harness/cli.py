@@ -59,7 +59,8 @@ def run_script(main: Callable[[], None], go_on: str = GO_ON) -> None:
         came.append(signal.Signals(number))
         first = time.monotonic()
         if hasattr(signal, 'SIGCHLD'):  # not on Windows
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise at the end of a worker
+            # torch's would raise at the end of a worker. Python complains of SIG_DFL where one has just ended.
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
         for worker in multiprocessing.active_children():
             worker.kill()  # else it may wait for us, or complain
         if running:

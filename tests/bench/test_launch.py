@@ -1,9 +1,11 @@
 """What the environment of a launcher, Slurm or MPI makes of a training."""
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from harness import launch, launcher
 from harness.errors import RankError, UserError
@@ -18,6 +20,7 @@ def no_launcher(monkeypatch):
     for name in (*launcher.RENDEZVOUS, *launcher.MPI, *launcher.SLURM, *launcher.NOT_FOLLOWED, 'LOCAL_WORLD_SIZE',
                  'ACCELERATE_USE_CPU', 'ACCELERATE_MIXED_PRECISION', 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS'):
         monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
 
 
 def said_by(script, env, monkeypatch, tmp_path, *args):
@@ -107,11 +110,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 def test_processes_that_would_train_apart_are_refused(monkeypatch):
-    """As on a device for which Accelerate has no way to join them; here this process has not joined any."""
-    monkeypatch.setattr(launch, 'wait_for_first_process', lambda timeout: None)
+    """On a device for which Accelerate has no way to join them."""
+    apart = SimpleNamespace(distributed_type='NO', num_processes=1, device=torch.device('mps'))
+    monkeypatch.setattr(launch, 'Accelerator', lambda **kwargs: apart)
     for name, value in FOUND.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match='each would train alone'):
+    with pytest.raises(UserError, match='on mps each would train alone'):
         launch.make_accelerator()
 
 

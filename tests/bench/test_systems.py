@@ -2,11 +2,12 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from support.commands import BENCH, assert_same_run, bench, command, refused, run_here
+from support.commands import BENCH, ROOT, assert_same_run, bench, command, refused, run_here
 from support.data import write_classes
 from support.waiting import hear_sigint, wait_until
 
@@ -81,6 +82,34 @@ def test_a_run_folder_is_locked_and_a_signal_is_one_line(windows, toy_folder, tm
     assert 'is being trained by another process' in other.stderr.splitlines()[-1]
 
 
+WITH_A_WORKER = """
+import multiprocessing, signal, time
+from harness.cli import run_script
+
+def main():
+    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(1000,))
+    worker.start()
+    print('started', flush=True)
+    worker.join()
+
+del signal.SIGCHLD
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_ends_workers_where_sigchld_is_missing():
+    with subprocess.Popen([sys.executable, '-c', WITH_A_WORKER], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=dict(os.environ, PYTHONPATH=f'{BENCH}{os.pathsep}{ROOT}')) as process:
+        try:
+            assert process.stdout.readline() == 'started\n'
+            process.terminate()
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, stderr) == (143, '-c: stopped by SIGTERM; to go on, run the same line again\n')
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
 def test_ctrl_c_while_workers_import_is_one_line(windows, toy_folder, tmp_path):
@@ -96,7 +125,10 @@ def test_ctrl_c_while_workers_import_is_one_line(windows, toy_folder, tmp_path):
             wait_until(lambda: sum(map(is_worker, children.read_text().split())) == 2, process=process)
             workers = [pid for pid in children.read_text().split() if is_worker(pid)]
             wait_until(lambda: all('libtorch_cpu' in Path(f'/proc/{pid}/maps').read_text() for pid in workers))
+            process.send_signal(signal.SIGSTOP)  # so that it doesn't end them first
             os.killpg(process.pid, signal.SIGINT)
+            wait_until(lambda: all(') Z ' in Path(f'/proc/{pid}/stat').read_text() for pid in workers))
+            process.send_signal(signal.SIGCONT)
             _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
