@@ -23,7 +23,7 @@ from harness.cli import Parser, add_flags, flag, make_settings, run_script
 from harness.errors import UserError, user_errors
 from harness.files import folder_in_one_piece
 from harness.paths import CARDS, RECIPES, RESULTS
-from harness.recipes import changed_by_run, is_packaged, read_recipe
+from harness.recipes import changed_by_run, effective, is_packaged, read_recipe
 from harness.repository import copy_weights, read_run, write_card_folder, write_repository
 from harness.upload import UploadSettings, upload
 from paper import numbers
@@ -34,6 +34,8 @@ from timing.rows import find_row
 SAID_ELSEWHERE = ('model', 'epochs', 'fingerprint')
 PRETRAINED = Path(timm_sd.__file__).parent / 'pretrained'
 TIMING = RESULTS / 'timing'
+# The paper's augmentation, and what others there are.
+AUGMENTS = ('crop_padding', 'hflip', 'vflip', 'reprob', 'mixup', 'cutmix')
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ def whose_recipe(results: dict[str, Any]) -> str:
 
 def compare(results: dict[str, Any]) -> Comparison:
     """The figures of others for a run, how it was trained, and the saving that was measured for its network."""
-    name, args, recipe = full_name(results), results['args'], results['recipe']
+    name, args, recipe = full_name(results), effective(results['args']), results['recipe']
     mode, schedule, scale = method_of(results)
     depth_and_tag = numbers.depth_and_tag(name)
     return Comparison(
-        paper=numbers.errors_of(name, augment=bool(args.get('aug', True) and (args['crop_padding'] or args['hflip']))),
+        paper=numbers.errors_of(name, augment=any(args.get(key) for key in AUGMENTS)),
         public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
         recipe_of=whose_recipe(results), epochs=(read_recipe(recipe) if is_packaged(recipe) else results)['epochs'],
         changed={flag: value for flag, value in changed_by_run(results).items() if flag not in SAID_ELSEWHERE},

@@ -27,8 +27,8 @@ from harness.machine import code_digest, precision, versions
 from harness.network import build_network, check_initial_classes, digest_of, first_branch_weight, registered_name
 from harness.optimizer import build_optimizer, make_clip
 from harness.ranks import check_same, from_main_process
-from harness.recipes import TrainFlags, default_flags, group_flags, parse_train_flags
-from harness.results import closing_lines, finish, last_drop_rate
+from harness.recipes import TrainFlags, effective, group_flags, parse_train_flags
+from harness.results import closing_lines, finish, last_drop_rate, public_flags
 from harness.resume import open_run_folder
 from harness.tracking import TrackingSettings, check_trackers, start_trackers
 from harness.training import Trainer
@@ -67,7 +67,7 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     optimizer, scheduler, epochs = build_optimizer(flags.optimizer, model, len(batches['train']))
     watched = first_branch_weight(model) if flags.training.log_gradients else None
     size = flags.images.img_size or model.pretrained_cfg['input_size'][-1]
-    folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}', default_flags())
+    folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}', effective)
     return Trainer(
         settings=flags.training, epochs=epochs, model=model, optimizer=optimizer, scheduler=scheduler, batches=batches,
         accelerator=accelerator, amp=flags.record['amp'], amp_dtype=flags.record['amp_dtype'], folder=folder,
@@ -99,7 +99,8 @@ def check_ranks(flags: dict[str, Any], accelerator: Accelerator) -> None:
     # What may be a machine's own. Files are compared by what they hold, and workers share out a stream.
     own = {'output', 'experiment', 'resume', 'threads', 'config', 'data_dir', 'dataset', 'initial_checkpoint',
            *([] if flags['streaming'] else ['workers'])}
-    same = {f'--{key.replace("_", "-")}': value for key, value in flags.items() if key not in own}
+    same = {'the file of --initial-checkpoint' if key == 'initial_sha256' else f'--{key.replace("_", "-")}': value
+            for key, value in flags.items() if key not in own}
     packages = {key: version for key, version in versions().items() if key != 'python'}
     check_same(accelerator, {**same, **packages, "timm-sd's code": code_digest()})
 
@@ -111,7 +112,7 @@ def main() -> None:
     check_trackers(make_settings(TrackingSettings, args))
     args.amp, args.amp_dtype = settle_precision(args.amp, args.amp_dtype)
     accelerator = join_processes(make_settings(LaunchSettings, args), args.grad_accum_steps)
-    args.initial_sha256 = digest_of(args.initial_checkpoint)  # recorded: a resumed run is of the same weights
+    args.initial_sha256 = digest_of(args.initial_checkpoint)  # recorded: a resumed run began with the same weights
     check_ranks(vars(args), accelerator)
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
@@ -120,8 +121,9 @@ def main() -> None:
     if results is None:
         if accelerator.is_main_process:
             print(header(trainer, flags), file=sys.stderr, flush=True)
-        start_trackers(flags.tracking, accelerator, trainer.folder.path, flags.record)
-        trainer.train(resume=flags.folder.resume is not None)
+        start_trackers(flags.tracking, accelerator, trainer.folder.path,
+                       public_flags(flags.record, trainer.data.record['data']))
+        trainer.train(resume=from_main_process(accelerator, lambda: flags.folder.resume is not None))
         results = finish(trainer, flags)
     if accelerator.is_main_process:
         print(closing_lines(trainer.folder, results), file=sys.stderr)
@@ -131,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_script(main, go_on='run the same line with --resume auto')
+    is_resumed = any(word.startswith('--resume') for word in sys.argv)
+    run_script(main, go_on='run the same line again' if is_resumed else 'run the same line with --resume auto')

@@ -140,6 +140,8 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not equals:
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
+    if re.fullmatch(r'[-+]?\d+(\.\d*)?e[-+]?\d+', value, re.IGNORECASE):  # YAML takes 1e-8 for a word
+        return key, float(value)
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:

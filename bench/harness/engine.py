@@ -87,12 +87,13 @@ class TrainStep:
             loss = self.loss(logits, target)
             # DDP averages over processes, whose shares of the last batch may differ: divide by all images here.
             self.accelerator.backward(self.scaler.scale(loss * (self.accelerator.num_processes / images)))
+        if is_update:
+            self.scaler.unscale_(self.optimizer)
         return loss.detach()
 
     def update(self) -> None:
         """Moves the parameters by the gradient, and clears it."""
         if self.clip is not None:
-            self.scaler.unscale_(self.optimizer)
             self.clip(self.model)
         self.scaler.step(self.optimizer)
         self.scaler.update()

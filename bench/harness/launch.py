@@ -52,7 +52,8 @@ def wait_for_first_process(timeout: int | None) -> None:
     Raises:
         OSError: If it can't be reached in time.
     """
-    if os.environ.get('RANK', '0') == '0' or 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun has met the others
+    # torchrun has met the others, and a program that imports this one may have joined them
+    if os.environ.get('RANK', '0') == '0' or 'TORCHELASTIC_RUN_ID' in os.environ or torch.distributed.is_initialized():
         return
     end = time.monotonic() + (timeout or torch.distributed.default_pg_timeout.total_seconds())
     while True:
@@ -90,7 +91,7 @@ def make_accelerator(timeout: int | None = None) -> Accelerator:
         wait_for_first_process(timeout)
         accelerator = Accelerator(cpu=not on_gpus, mixed_precision='no', dynamo_backend='no', kwargs_handlers=handlers)
     except (OSError, RuntimeError) as error:  # gloo's and NCCL's are RuntimeErrors
-        if processes == 1:
+        if processes == 1 and tasks_started()[0] == 1:
             raise
         raise RankError(f'the {processes} processes did not find each other at {address} ({one_line(error, 150)}); '
                         'check that address, and that all of them were started; --timeout says how long they '

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 import timm_sd
+from harness.paths import BENCH
 
 
 def cores() -> int:
@@ -37,9 +38,9 @@ def precision(amp: bool, amp_dtype: str = 'bfloat16') -> str:
 
 def code_digest() -> str:
     """A digest of this package's and the harness's source files: two clones may be of one version and differ."""
-    folders = Path(timm_sd.__file__).parent, Path(__file__).parent
-    files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob('*.py'))
-    return hashlib.sha256(b''.join(name.encode() + path.read_bytes() for name, path in files)).hexdigest()[:12]
+    files = [BENCH / 'train.py', *(BENCH / 'harness').rglob('*.py'), *Path(timm_sd.__file__).parent.rglob('*.py')]
+    texts = sorted(path.read_text(encoding='utf-8') for path in files)  # of any line endings
+    return hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:

@@ -62,7 +62,8 @@ class DepthSettings:
     grad_checkpointing: bool = flag(False, 'recompute activations to save memory')
     compile: str | None = flag(None, "torch.compile: 'blocks' compiles each residual branch and leaves the gates "
                                      'outside', choices=('blocks', 'model'))
-    torchcompile_mode: str | None = flag(None, 'of torch.compile, such as reduce-overhead (CUDA graphs)')
+    torchcompile_mode: str | None = flag(None, 'of torch.compile, such as reduce-overhead (CUDA graphs)',
+                                         needs='compile')
 
 
 def local_source(name: str, pretrained: bool) -> tuple[str, dict[str, Any]]:

@@ -43,8 +43,8 @@ class OptimizerSettings:
     decay_rate: float = flag(0.1, 'factor at each step of step and multistep; power of poly', type=non_negative)
     min_lr: float = flag(0., 'lowest learning rate', type=non_negative)
     warmup_epochs: int = flag(0, 'epochs of warm-up', type=non_negative_int)
-    warmup_lr: float = flag(1e-5, 'learning rate at its start', type=non_negative)
-    warmup_constant: bool = flag(False, 'stay at --warmup-lr instead of climbing from it')
+    warmup_lr: float = flag(1e-5, 'learning rate at its start', type=non_negative, needs='warmup_epochs')
+    warmup_constant: bool = flag(False, 'stay at --warmup-lr instead of climbing from it', needs='warmup_epochs')
     warmup_prefix: bool = flag(False, 'train --warmup-epochs before --epochs, not as the first of them',
                                needs='warmup_epochs')
     cooldown_epochs: int = flag(0, 'epochs after --epochs, at the last learning rate', type=non_negative_int)
@@ -65,18 +65,26 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module,
     given = dict(eps=settings.opt_eps, betas=settings.opt_betas and tuple(settings.opt_betas),
                  layer_decay=settings.layer_decay)
     kwargs: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    twice = kwargs.keys() & settings.opt_kwargs
+    if twice:
+        raise UserError(f'--opt-kwargs {min(twice)}: a flag says it too; leave out one of them')
+    kwargs.update(settings.opt_kwargs)
     if settings.opt in FUSED:  # one kernel updates all 330 tensors of 110 layers, in half the time of one kernel each
-        kwargs['fused'] = True
+        kwargs.setdefault('fused', True)
     with user_errors(f'--opt {settings.opt}, --sched {settings.sched}'):
-        info = get_optimizer_info(settings.opt)
+        info = get_optimizer_info(settings.opt.lower().rpartition('_')[2])  # behind timm's lookahead_
         for key, is_known in (('eps', info.has_eps), ('betas', info.has_betas)):
             if key in kwargs and not is_known:  # timm leaves it out without a word
                 raise UserError(f'--opt-{key}: --opt {settings.opt} has none; leave it out')
+        if len(kwargs.get('betas', ())) not in (0, info.num_betas):
+            raise UserError(f'--opt-betas {kwargs["betas"]}: --opt {settings.opt} has {info.num_betas}')
         optimizer = create_optimizer_v2(
             model, opt=settings.opt, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay,
-            filter_bias_and_bn=settings.filter_bias_and_bn, **dict(kwargs, **settings.opt_kwargs))
+            filter_bias_and_bn=settings.filter_bias_and_bn, **kwargs)
         scheduler, epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=updates_per_epoch, **scheduler_kwargs(settings))
+    if not hasattr(scheduler, 'get_cycle_length'):  # timm counts the cool-down of the others alone
+        epochs += settings.cooldown_epochs
     if settings.warmup_constant:  # timm has no such warm-up: its own climbs by warmup_steps
         scheduler.warmup_steps = [0.] * len(optimizer.param_groups)
     return optimizer, scheduler, epochs

@@ -64,25 +64,37 @@ def group_flags(args: argparse.Namespace) -> TrainFlags:
     return TrainFlags(**{name: make_settings(cls, args) for name, cls in SETTINGS_CLASSES.items()}, record=vars(args))
 
 
-def read_recipe(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The recipe of a name or YAML file: flags and their values. `config` in it names one that it builds on.
+def _recipe_file(name: str, beside: str = '') -> str:
+    """The file of a recipe's name or file; of a file that another one names, beside that one."""
+    if not name.endswith(('.yaml', '.yml')):
+        return str(RECIPES / f'{name}.yaml')
+    return os.path.join(os.path.dirname(beside), name)
 
-    Args:
-        name: Of the recipe.
-        above: Recipes that build on it.
+
+def _read_recipe_file(file: str, name: str) -> dict[str, Any]:
+    if not os.path.exists(file):
+        recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
+        raise UserError(f'no recipe {name!r}; nearest: {nearest(name, recipes)}, or give a YAML file')
+    return read_mapping(Path(file), yaml.safe_load, 'a recipe is a YAML file that maps the names of flags to values')
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a name or YAML file: flags and their values. `config` in it names one that it builds on.
 
     Raises:
         UserError: If there is none, or it can't be read, is no mapping, or builds on itself.
     """
-    if name in above:
-        raise UserError(f'recipe {name!r} builds on itself')
-    path = Path(name) if name.endswith(('.yaml', '.yml')) else RECIPES / f'{name}.yaml'
-    if not os.path.exists(path):
-        recipes = [recipe.stem for recipe in RECIPES.glob('*.yaml')]
-        raise UserError(f'no recipe {name!r}; nearest: {nearest(name, recipes)}, or give a YAML file')
-    recipe = read_mapping(path, yaml.safe_load, 'a recipe is a YAML file that maps the names of flags to values')
-    base = recipe.pop('config', None)
-    return recipe if base is None else {**read_recipe(str(base), (*above, name)), **recipe}
+    recipe: dict[str, Any] = {}
+    files = [_recipe_file(name)]
+    while True:
+        own = _read_recipe_file(files[-1], name)
+        name = str(own.pop('config', ''))
+        recipe = {**own, **recipe}
+        if not name:
+            return recipe
+        files.append(_recipe_file(name, beside=files[-1]))
+        if files[-1] in files[:-1]:
+            raise UserError(f'recipe {name!r} builds on itself')
 
 
 def command_line(flags: dict[str, Any]) -> list[str]:
@@ -122,10 +134,10 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for one, other in (('val_per_class', 'val_fraction'), ('val_fraction', 'val_per_class')):
         if one in typed:  # the command line's choice, not the recipe's
             recipe.pop(other, None)
-    lacks = unmet(vars(parser.parse_args(command_line(recipe))), *SETTINGS_CLASSES.values())
-    for key in recipe.keys() & lacks:
+    lacks = _idle(vars(parser.parse_args(command_line(recipe))))
+    for key in _read_recipe_file(_recipe_file(args.config), args.config).keys() & lacks:  # not those it builds on
         raise UserError(f'recipe {args.config}: {key} does nothing without {lacks[key]}')
-    lacks = unmet(vars(parser.parse_args([*command_line(recipe), *argv])), *SETTINGS_CLASSES.values())
+    lacks = _idle(vars(parser.parse_args([*command_line(recipe), *argv])))
     for key in sorted(typed & lacks.keys()):
         raise UserError(f'--{key.replace("_", "-")} does nothing without {lacks[key]}; leave it out')
     recipe = {key: value for key, value in recipe.items() if key not in lacks}
@@ -139,9 +151,17 @@ def _typed(parser: Parser, argv: Sequence[str]) -> set[str]:
     return {key for key, value in vars(parser.parse_args(argv, unset)).items() if value is not nothing}
 
 
-def default_flags() -> dict[str, Any]:
-    """All flags as they are without a recipe: what a run of an older version did, which didn't know them all."""
-    return dict(vars(train_parser().parse_args([])), amp_dtype='bfloat16')
+def _idle(flags: dict[str, Any]) -> dict[str, str]:
+    """See `unmet`."""
+    return unmet(flags, *SETTINGS_CLASSES.values())
+
+
+def effective(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a run that had an effect. What an older version did not know yet was the default."""
+    unknown = dict(vars(train_parser().parse_args([])), amp_dtype='bfloat16', initial_sha256=None)
+    flags = {**unknown, **flags}
+    idle = _idle(flags)
+    return {key: value for key, value in flags.items() if key not in idle}
 
 
 def is_packaged(recipe: str) -> bool:
@@ -150,12 +170,12 @@ def is_packaged(recipe: str) -> bool:
 
 
 def changed_from_recipe(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that say something else than their recipe does. What an older run did not know yet was the default."""
+    """The flags that say something else than their recipe does."""
     # Recorded elsewhere, or without effect.
     elsewhere = {*MAY_DIFFER, 'config', 'seed', 'amp', 'amp_dtype', 'log_gradients'}
-    flags = {**default_flags(), **flags}
-    recipe = vars(parse_train_flags(['-c', flags['config']]))
-    return {key: flags[key] for key, value in recipe.items() if flags[key] != value and key not in elsewhere}
+    flags, recipe = effective(flags), vars(parse_train_flags(['-c', flags['config']]))
+    return {key: flags[key] for key, value in recipe.items()
+            if key in flags and flags[key] != value and key not in elsewhere}
 
 
 def changed_by_run(results: dict[str, Any]) -> dict[str, Any]:
@@ -164,11 +184,11 @@ def changed_by_run(results: dict[str, Any]) -> dict[str, Any]:
     The recipe may have been changed since, or been another file of the same name. Of a recipe that is not packaged it
     is what the run recorded.
     """
-    trained_longer = {key: results[key] for key in ('extended',) if key in results}
-    if not is_packaged(results['recipe']):
-        return {**results['changed_from_recipe'], **trained_longer}
     args = results['args']
-    changed = {**changed_from_recipe(dict(args, config=results['recipe'])), **trained_longer}
+    extended = dict(extended=args['extended']) if args.get('extended') else {}  # it was finished before, after so many
+    if not is_packaged(results['recipe']):
+        return {**results['changed_from_recipe'], **extended}
+    changed = {**changed_from_recipe(dict(args, config=results['recipe'])), **extended}
     if changed.get('drop_path_mode') == 'batch':  # which is the default
         del changed['drop_path_mode']
     if args.get('global_batch_size', args['batch_size']) != args['batch_size']:  # on several processes

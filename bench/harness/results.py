@@ -27,8 +27,8 @@ def public_flags(flags: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     public = dict(flags, data_dir=None, output=None, resume=None, config=Path(flags['config']).stem)
     if flags['dataset'] and ('folder' in data and not flags['data_dir'] or not is_public(flags['dataset'])):
         public['dataset'] = Path(os.path.abspath(flags['dataset'])).name
-    if flags.get('initial_checkpoint'):  # its run and its name
-        public['initial_checkpoint'] = '/'.join(Path(os.path.abspath(flags['initial_checkpoint'])).parts[-2:])
+    if flags.get('initial_checkpoint'):  # initial_sha256 says which one
+        public['initial_checkpoint'] = Path(flags['initial_checkpoint']).name
     if flags['model'].startswith('local-dir:'):
         public['model'] = f'local-dir:{Path(os.path.abspath(flags["model"].partition(":")[2])).name}'
     return public
@@ -76,7 +76,7 @@ def ranked(trainer: Trainer) -> list[str]:
     return sorted(trainer.networks, key=rank)
 
 
-def beside(trainer: Trainer, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def weights_beside(trainer: Trainer, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weights that are kept beside the published ones, and what results.json says of them."""
     weights, (epoch, top1) = trainer.load_best(suffix), trainer.best(suffix)
     return weights, dict(best_epoch=epoch, val_top1_err=round(100 - top1, 4), test_best=trainer.test(weights))
@@ -96,7 +96,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     suffix, *others = ranked(trainer)
     best_epoch, best_top1 = trainer.best(suffix)
     last = trainer.test({name: tensor.clone() for name, tensor in trainer.networks[suffix].state_dict().items()})
-    other = {of: beside(trainer, of) for of in others}
+    beside = {of: weights_beside(trainer, of) for of in others}  # with --model-ema the worse of the two
     weights = trainer.load_best(suffix)
     mistakes = Mistakes(len(trainer.data.class_names), trainer.batches['test'])
     best = trainer.test(weights, mistakes.add)
@@ -107,6 +107,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     epoch_seconds = statistics.median(row['train_seconds'] for row, where
                                       in zip(progress.rows, progress.hardware, strict=True) if where == place)
     given = origin(trainer, flags)
+    averaged = dict(averaged=suffix == '_ema') if beside else {}
     results = dict(
         given, label_names=trainer.data.class_names,
         param_count=sum(param.numel() for param in trainer.model.parameters()),
@@ -114,8 +115,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         **method(gates),
         best_epoch=best_epoch, val_top1_err=round(100 - best_top1, 4),
         val_top1_err_last=round(100 - progress.rows[-1][f'eval_top1{suffix}'], 4), test_best=best, test_last=last,
-        **(dict(averaged=suffix == '_ema', other_weights=next(iter(other.values()))[1]) if other else {}),
-        **(dict(extended=progress.extended) if progress.extended else {}),
+        **averaged, **(dict(other_weights=beside[others[0]][1]) if beside else {}),
         epoch_seconds=round(epoch_seconds, 2),
         images_per_second=round(given['images']['train'] / epoch_seconds, 1),
         hardware=place, versions=versions(), args=flags.record)
@@ -124,13 +124,13 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
         said = dict(given, label_names=trainer.data.class_names, model_kwargs=flags.network.model_kwargs,
                     in_memory=flags.images.in_memory, img_size=flags.images.img_size, mean=flags.images.mean,
                     std=flags.images.std, timm_sd=timm_sd.__version__)
-        for of, (theirs, tested) in other.items():
-            folder.write_weights(theirs, dict(said, selected_epoch=tested['best_epoch'],
+        for of, (theirs, tested) in beside.items():
+            folder.write_weights(theirs, dict(said, selected_epoch=tested['best_epoch'], averaged=of == '_ema',
                                               test_top1_err=tested['test_best']['top1_err']),
                                  f'model{of or "_without_ema"}.safetensors')
         results['weights_sha256'] = folder.write_weights(weights, dict(
             said, selected_epoch=best_epoch, test_top1_err=best['top1_err'],
-            test_top1_err_last_epoch=last['top1_err']))
+            test_top1_err_last_epoch=last['top1_err'], **averaged))
         save_mistakes(confusion, worst, trainer.data.class_names, folder.path / 'mistakes.png')
         save_curves(progress.rows, results, folder.path / 'curves.png')
         folder.write_results(results)

@@ -1,6 +1,7 @@
 """Which run folder the flags mean: a new one, or with --resume the one to go on with."""
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,10 @@ MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_inte
 
 # Names that Windows keeps for devices, whatever follows behind a dot.
 DEVICES = {'CON', 'PRN', 'AUX', 'NUL', *(f'{port}{number}' for port in ('COM', 'LPT') for number in range(10))}
+
+
+# From the flags of a run to those that had an effect.
+Effective = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def folder_name(text: str) -> str:
@@ -47,33 +52,42 @@ class BegunFrom(NamedTuple):
     finished: RunFolder | None = None
 
 
-def _differences(flags: dict[str, Any], old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, str]:
-    """The flags that differ, and how; what an older run did not know yet was the default."""
-    keys = flags.keys() - {*MAY_DIFFER, 'batch_size'}  # global_batch_size may not differ
-    if flags['amp'] is None:  # open: the old run's
-        keys -= {'amp'}
-    old = {**defaults, **old}
-    return {key: f'{key} {old[key]} -> {flags[key]}' for key in sorted(keys & old.keys()) if flags[key] != old[key]}
+def _differences(flags: dict[str, Any], old: dict[str, Any], effective: Effective) -> dict[str, str]:
+    """The flags that differ in what is computed, and how."""
+    # global_batch_size and initial_sha256 may not differ; amp is the old run's where it is open
+    free = {*MAY_DIFFER, 'batch_size', 'initial_checkpoint', *(['amp'] if flags['amp'] is None else [])}
+    ours, theirs = effective(flags), effective(old)
+    return {key: f'{key} {theirs[key]} -> {ours[key]}' for key in sorted(ours.keys() & theirs.keys() - free)
+            if ours[key] != theirs[key]}
 
 
-def _begin_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder, defaults: dict[str, Any]) -> BegunFrom:
+def _begin_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder, effective: Effective) -> BegunFrom:
     """A new run that goes on where a finished one ended; UserError unless more epochs are all that is new."""
-    old = finished.read_flags() or {}
-    differences = _differences(flags, old, defaults)
+    old, weights = finished.read_flags() or {}, f'--initial-checkpoint {finished.path}/model.safetensors'
+    differences = _differences(flags, old, effective)
     if finished.read_results() is None:
         raise UserError(f'{finished.path} is not finished; finish it first, without --experiment')
     if not finished.has_checkpoint:
-        raise UserError(f'{finished.path} has no checkpoint any more; --initial-checkpoint '
-                        f'{finished.path}/model.safetensors --experiment NEW begins with its weights')
+        raise UserError(f'{finished.path} has no checkpoint any more; {weights} begins with its weights')
     if differences.keys() != {'epochs'} or flags['epochs'] <= old['epochs']:
         raise UserError(f'{finished.path} was run with other flags ({"; ".join(differences.values()) or "the same"}); '
                         f'to go on with it in {folder.path} give more --epochs than its {old["epochs"]}, and nothing '
-                        f'else; other flags begin with --initial-checkpoint {finished.path}/model.safetensors')
+                        f'else; other flags begin with {weights}')
     return BegunFrom(folder, finished)
 
 
+def _ways_on(folder: RunFolder, flags: dict[str, Any], old: dict[str, Any], differences: dict[str, str]) -> str:
+    """What goes on from a run under other flags, in words."""
+    if folder.read_results() is None:
+        return ''
+    longer = f': --resume {folder.path} --experiment NEW trains it for longer' \
+        if differences.keys() == {'epochs'} and flags['epochs'] > old['epochs'] else ''
+    return f'{longer}{"," if longer else ":"} --initial-checkpoint {folder.path}/model.safetensors --experiment NEW ' \
+           'begins with its weights'
+
+
 def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
-                    defaults: dict[str, Any] | None = None) -> BegunFrom:
+                    effective: Effective = dict) -> BegunFrom:
     """The folder that the flags mean: a new one, or with `resume` the one to go on with.
 
     Args:
@@ -82,12 +96,12 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
             new run that trains the finished one of the folder for longer.
         flags: All flags, to be compared with those of the folder's run.
         name: What a new folder is called, behind the time.
-        defaults: Of the flags, for what an older run did not know.
+        effective: From the flags of a run to those that had an effect.
 
     Raises:
         UserError: If a new run would overwrite an old one, or the flags differ from those of the run to go on with.
     """
-    output, resume, defaults = Path(settings.output), settings.resume, defaults or {}
+    output, resume = Path(settings.output), settings.resume
     name = re.sub(r'[^\w.-]', '_', name)  # one folder below `output`, where 'auto' looks, for hf-hub:ORG/NAME too
     folder = RunFolder(output / (settings.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}'))
     if resume not in (None, 'auto'):
@@ -96,8 +110,8 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
             raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
         if not settings.experiment:
             folder = named
-        elif folder.read_flags() is None and folder.path.resolve() != named.path.resolve():
-            return _begin_longer(flags, named, folder, defaults)
+        elif folder.read_flags() is None:
+            return _begin_longer(flags, named, folder, effective)
     elif resume == 'auto' and not settings.experiment:
         begun = [path for path in output.glob('*/args.yaml') if path.is_file()]
         for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -105,39 +119,42 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
                 old = RunFolder(path.parent).read_flags()
             except UserError:
                 continue  # whatever it was, it was not named
-            if old is not None and old.keys() == flags.keys() and not _differences(flags, old, defaults):
+            if old is not None and old.keys() - {'extended'} <= flags.keys() \
+                    and not _differences(flags, old, effective):
                 return BegunFrom(RunFolder(path.parent))
     old = folder.read_flags()
     if old is not None:
         if resume is None:
             raise UserError(f'run folder {folder.path} exists; go on with --resume auto, or choose '
                             'another --experiment')
-        differences = _differences(flags, old, defaults)
+        differences = _differences(flags, old, effective)
         if differences:
-            longer = f'--resume {folder.path} --experiment NEW trains it for longer, ' \
-                if differences.keys() == {'epochs'} else ''
             raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences.values())}); use the '
-                            f'same, or choose another --experiment: {longer}--initial-checkpoint '
-                            f'{folder.path}/model.safetensors --experiment NEW begins with its weights')
+                            f'same, or choose another --experiment{_ways_on(folder, flags, old, differences)}')
     return BegunFrom(folder)
 
 
 def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator: Accelerator, name: str,
-                    defaults: dict[str, Any] | None = None) -> RunFolder:
+                    effective: Effective = dict) -> RunFolder:
     """Finds the run folder on the main process, makes it, and tells the others: the clock is in its name.
 
-    Where the flags leave `amp` open it is settled, in all processes: a run goes on in the precision that it was begun
-    in, a new one in the faster. See `find_run_folder`.
+    In all processes `flags` then also says what follows from the run that is gone on with. `amp`, where it is open, is
+    that run's, and of a new one what is faster. `extended` are the epochs that the run had when it was finished, each
+    time that it was then trained for longer. See `find_run_folder`.
     """
-    def find() -> tuple[RunFolder, bool]:
-        folder, finished = find_run_folder(settings, flags, name, defaults)
+    def find() -> tuple[RunFolder, dict[str, Any]]:
+        folder, finished = find_run_folder(settings, flags, name, effective)
+        begun = (finished or folder).read_flags() or {}
+        results = finished.read_results() if finished is not None else None
+        extended = [*begun.get('extended', []), *([results['epochs']] if results else [])]
+        told = dict(flags, **(dict(extended=extended) if extended else {}))
         if flags['amp'] is None:
-            begun = (finished or folder).read_flags() or {}
-            flags['amp'] = begun['amp'] if 'amp' in begun else default_amp(accelerator.device.type)
+            told['amp'] = begun['amp'] if 'amp' in begun else default_amp(accelerator.device.type)
         if finished is not None:
             folder.begin_from(finished)
-        folder.create(flags)
+        folder.create(told)
         folder.lock()
-        return folder, flags['amp']
-    folder, flags['amp'] = from_main_process(accelerator, find)
+        return folder, told
+    folder, told = from_main_process(accelerator, find)
+    flags.update({key: told[key] for key in ('amp', 'extended') if key in told})
     return folder

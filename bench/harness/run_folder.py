@@ -24,7 +24,16 @@ import torch
 import yaml
 
 from harness.errors import UserError, one_line, user_errors
-from harness.files import make_folder, read_mapping, read_parts, write_atomic, write_csv, write_json, write_parts
+from harness.files import (
+    folder_in_one_piece,
+    make_folder,
+    read_mapping,
+    read_parts,
+    write_atomic,
+    write_csv,
+    write_json,
+    write_parts,
+)
 from timm_sd.weight_files import check_weights, checksum
 
 # What a run leaves besides args.yaml.
@@ -274,10 +283,10 @@ class RunFolder:
         return any(self.checkpoints.glob('checkpoint-*.pt'))
 
     def begin_from(self, other: 'RunFolder') -> None:
-        """Copies another run's checkpoints, the newest last: a copy that was cut off is no run's beginning."""
-        make_folder(self.checkpoints, '--output')
-        for path in sorted(other.checkpoints.glob('*-*'), key=lambda path: (path.suffix == '.pt', path.name)):
-            write_atomic(self.checkpoints / path.name, path.read_bytes())
+        """Copies another run's checkpoints, in one piece."""
+        with folder_in_one_piece(self.checkpoints) as new:
+            for path in other.checkpoints.glob('*-*'):
+                write_atomic(new / path.name, path.read_bytes())
 
     def remove_after(self, epochs: int) -> None:
         """Removes what lies beyond the first `epochs` epochs, left by a run that was killed or damaged."""

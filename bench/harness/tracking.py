@@ -1,5 +1,7 @@
 """Trackers, by Accelerate: they are told what summary.csv holds of each epoch."""
+import hashlib
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers, get_available_trackers
 
 from harness.cli import flag
-from harness.errors import UserError, user_errors
+from harness.errors import UserError, one_line
+from harness.ranks import from_main_process
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
@@ -30,10 +33,16 @@ def check_trackers(settings: TrackingSettings) -> None:
 
 
 def start_trackers(settings: TrackingSettings, accelerator: Accelerator, folder: Path, flags: dict[str, Any]) -> None:
-    """Starts them, for a run in `folder`, whose name they give it; a resumed run is the same one.
+    """Starts them for the run in `folder`; a resumed run is the same one.
+
+    Args:
+        settings: Which.
+        accelerator: Tells them of each epoch, in the main process.
+        folder: Of the run, which they name after it.
+        flags: What they are told of the run, which may go to a server.
 
     Raises:
-        UserError: If one can't start, such as without a login.
+        UserError: In all processes, if one can't start, such as without a login.
     """
     if not settings.log_with:
         return
@@ -42,7 +51,13 @@ def start_trackers(settings: TrackingSettings, accelerator: Accelerator, folder:
     accelerator.log_with = filter_trackers(list(names), accelerator.logging_dir)
     told = {key: value if isinstance(value, int | float | str | bool) else json.dumps(value)
             for key, value in flags.items()}
-    with user_errors(f'--log-with {" ".join(settings.log_with)}'):
-        accelerator.init_trackers('timm-sd', told, dict(
-            wandb=dict(name=folder.name, id=folder.name, resume='allow'),
-            trackio=dict(name=folder.name, resume='allow')))
+    # Two folders of one name, here or on two machines, are two runs.
+    place = hashlib.sha256(f'{socket.gethostname()} {folder.resolve()}'.encode()).hexdigest()[:8]
+    one_run = dict(name=f'{folder.name}-{place}', resume='allow')
+
+    def start() -> None:
+        try:
+            accelerator.init_trackers('timm-sd', told, dict(wandb=dict(one_run, id=one_run['name']), trackio=one_run))
+        except Exception as error:  # each tracker has errors of its own
+            raise UserError(f'--log-with {" ".join(settings.log_with)}: {one_line(error)}') from error
+    from_main_process(accelerator, start)

@@ -60,7 +60,6 @@ class Progress:
         best_top1: Their accuracy on the validation images, in percent.
         best_epoch_ema: Likewise, of the average with --model-ema.
         best_top1_ema: Likewise.
-        extended: Epochs that the run had when it was finished and began to be trained for longer, each time.
         rows: Of summary.csv, one an epoch.
         hardware: What each epoch was trained on, and whether its steps were recorded.
     """
@@ -69,7 +68,6 @@ class Progress:
     best_top1: float = -1.
     best_epoch_ema: int = 0
     best_top1_ema: float = -1.
-    extended: list[int] = field(default_factory=list)
     rows: list[dict[str, float]] = field(default_factory=list)
     hardware: list[dict[str, Any]] = field(default_factory=list)
 
@@ -186,9 +184,6 @@ class Trainer:
         progress = Progress(**{key: checkpoint[key] for key in vars(self.progress) if key in checkpoint})
         if not len(progress.rows) == len(progress.hardware) == progress.epoch:
             raise ValueError(f'it has {len(progress.rows)} rows of {progress.epoch} epochs')
-        epochs = checkpoint.get('epochs', self.epochs)
-        if epochs != self.epochs:
-            progress.extended = [*progress.extended, epochs]
         self.model.load_state_dict(checkpoint['network'])
         if self.settings.model_ema:
             self.ema.module.load_state_dict(checkpoint['network_ema'])
@@ -291,8 +286,8 @@ class Trainer:
             self.folder.save_best(weights, self.best(suffix)[0], suffix)
         self.unsaved_best.clear()
         networks = {f'network{suffix}': network.state_dict() for suffix, network in self.networks.items()}
-        state = dict(vars(self.progress), **networks, epochs=self.epochs, data=self.data.record['data'],
-                     batches=batches, optimizer=self.optimizer.state_dict(), scaler=self.step.scaler.state_dict())
+        state = dict(vars(self.progress), **networks, data=self.data.record['data'], batches=batches,
+                     optimizer=self.optimizer.state_dict(), scaler=self.step.scaler.state_dict())
         self.folder.save_checkpoint(state, self.settings.checkpoint_hist)
 
     def load_best(self, suffix: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ VALUES = dict(
     input_key='picture', target_key='kind', train_split='train+extra', val_split='dev', test_split='held',
     val_per_class=[3, 4], val_fraction=0.2, epoch_size=99, num_classes=7, img_size=24, mean=[0.1, 0.2, 0.3],
     std=[0.4, 0.5, 0.6], batch_size=5,
-    validation_batch_size=14, workers=3, model='sd_resnet20_cifar', pretrained=True, initial_checkpoint='file',
+    validation_batch_size=14, model='sd_resnet20_cifar', pretrained=True, initial_checkpoint='file',
     drop=0.125, sync_bn=True, amp_dtype='float16', model_kwargs=dict(a=1, b=[2], c='x'), amp=True,
     channels_last=False, drop_path=0.25, drop_path_schedule='uniform',
     drop_path_mode='sample', drop_path_scale='train', grad_checkpointing=True, compile='model',
@@ -37,7 +37,8 @@ VALUES = dict(
     threads=8)
 # What has an effect with other values of in_memory and aug.
 IN_MEMORY, IN_FILES = dict(crop_padding=1), dict(
-    in_memory=False, scale=[0.5, 0.75], ratio=[0.7, 1.5], color_jitter=0.1, aa='rand-m9', train_interpolation='bicubic')
+    in_memory=False, workers=3, scale=[0.5, 0.75], ratio=[0.7, 1.5], color_jitter=0.1, aa='rand-m9',
+    train_interpolation='bicubic')
 
 
 def parts(args):

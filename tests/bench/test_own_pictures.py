@@ -12,7 +12,7 @@ from harness.data.splits import load_splits
 from support.commands import read_results, refused, run_here
 from support.data import opened, write_classes
 
-OWN = ['-c', 'own', '--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '1', '-b', '4', '-j', '1',
+OWN = ['-c', 'own', '--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '1', '-b', '4',
        '--threads', '1', '--no-amp', '--experiment', 'a']
 
 

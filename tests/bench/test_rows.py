@@ -13,9 +13,9 @@ from support.data import write_classes
 
 PLAIN = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['cat', 'dog']))
 FLAGS = ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '1', '-b', '4', '--threads', '1', '--no-amp',
-         '--val-per-class', '1', '-j', '1', '--experiment', 'a']
-PATHS = {'memory': ['--in-memory'], 'files': ['--no-in-memory'],
-         'stream': ['--no-in-memory', '--streaming', '--val-split', 'test', '--epoch-size', '8']}
+         '--val-per-class', '1', '--experiment', 'a']
+PATHS = {'memory': ['--in-memory'], 'files': ['--no-in-memory', '-j', '1'],
+         'stream': ['--no-in-memory', '-j', '1', '--streaming', '--val-split', 'test', '--epoch-size', '8']}
 
 
 def png(seed=0):

@@ -7,12 +7,13 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 from harness import engine, training
 from harness.loss import LossSettings, make_loss
 from harness.optimizer import OptimizerSettings, build_optimizer, make_clip
-from harness.recipes import parse_train_flags, read_recipe
+from harness.recipes import changed_by_run, changed_from_recipe, parse_train_flags, read_recipe
 from harness.run_folder import RunFolder
 from support.commands import assert_same_run, read_csv, read_results, refused, run_here, weights
 
@@ -137,6 +138,20 @@ def test_where_nothing_may_be_selected_the_average_counts(toy_flags, tmp_path):
 # --- loss, optimiser, schedule
 
 
+def test_gradients_are_logged_as_they_are_whatever_scales_the_loss(toy_flags, tmp_path):
+    logged = []
+    for dtype in ('bfloat16', 'float16'):
+        flags = [flag for flag in toy_flags if flag != '--no-amp']
+        folder = train(flags, tmp_path / dtype, '--amp', '--amp-dtype', dtype, '--log-gradients', '--epochs', '1')
+        logged.append(float(read_csv(folder / 'summary.csv')[0]['grad_magnitude']))
+    assert logged[0] == pytest.approx(logged[1], rel=0.2)
+
+
+def test_an_optimiser_within_another_is_known():
+    optimizer, _, _ = build_optimizer(OptimizerSettings(opt='lookahead_adamw', opt_eps=1e-7), nn.Linear(1, 1), 5)
+    assert optimizer.param_groups[0]['eps'] == 1e-7
+
+
 def test_bce_is_the_mean_over_the_classes():
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 3), torch.randint(3, (6,))
@@ -195,9 +210,12 @@ def test_layer_decay_gives_each_layer_its_learning_rate():
     (dict(warmup_epochs=2, warmup_lr=0.), 4, [0., 0.05, 0.05, 0.0146]),
     (dict(warmup_epochs=2, warmup_lr=0., warmup_prefix=True), 6, [0., 0.05, 0.1, 0.0854, 0.05, 0.0146]),
     (dict(cooldown_epochs=2, min_lr=0.01), 6, [0.1, 0.0868, 0.055, 0.0232, 0.01, 0.01]),
+    (dict(cooldown_epochs=2, sched='multistep', decay_milestones=[3]), 6, [0.1, 0.1, 0.01, 0.01, 0.01, 0.01]),
+    (dict(cooldown_epochs=1, warmup_epochs=1, warmup_lr=0., warmup_prefix=True, sched='constant'), 6,
+     [0., 0.1, 0.1, 0.1, 0.1, 0.1]),
 ])
 def test_warm_up_before_and_cool_down_after_the_epochs(flags, epochs, rates):
-    settings = OptimizerSettings(lr=0.1, epochs=4, sched='cosine', **flags)
+    settings = OptimizerSettings(**dict(dict(lr=0.1, epochs=4, sched='cosine'), **flags))
     optimizer, scheduler, total = build_optimizer(settings, nn.Linear(1, 1), 5)
     assert total == epochs
     found = []
@@ -218,7 +236,7 @@ def test_initial_checkpoint_starts_from_the_weights_of_a_run(toy_flags, finished
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.endswith(('mean', 'var', 'tracked')))
     results = read_results(folder)
     assert results['args']['initial_sha256'] == read_results(finished[0])['weights_sha256']
-    assert results['changed_from_recipe']['initial_checkpoint'].endswith('finished/model.safetensors')
+    assert results['changed_from_recipe']['initial_checkpoint'] == 'model.safetensors'
 
 
 def test_initial_checkpoints_that_can_not_be_used(toy_flags, finished, tmp_path):
@@ -253,16 +271,42 @@ def test_a_finished_run_is_trained_for_longer_as_if_it_had_been_longer_from_the_
     assert result.returncode == 0, result.stderr
     assert result.stderr.count('train_loss') == 2
     assert_same_run(tmp_path / 'short' / 'longer', long)
-    assert read_results(tmp_path / 'short' / 'longer')['extended'] == [3]
-    assert 'extended' not in read_results(long)
+    longer = read_results(tmp_path / 'short' / 'longer')
+    assert longer['args']['extended'] == changed_by_run(longer)['extended'] == [3]
+    assert 'extended' not in read_results(long)['args']
     assert {path: path.read_bytes() for path in before} == before
     # cut off, it goes on by the same line, or by --resume auto
     cut_off(tmp_path / 'short' / 'longer')
     for resume in (short, 'auto'):
         result = run_here(*more, '--resume', resume, '--experiment', 'longer')
         assert result.returncode == 0, result.stderr
-        assert read_results(tmp_path / 'short' / 'longer')['extended'] == [3]
+        assert read_results(tmp_path / 'short' / 'longer')['args']['extended'] == [3]
     assert_same_run(tmp_path / 'short' / 'longer', long)
+
+
+def test_without_its_checkpoints_a_run_can_not_become_longer(toy_flags, finished, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / 'copy')
+    shutil.rmtree(copy / 'checkpoints')
+    more = ['--epochs', '5', '--output', tmp_path, '--resume', copy, '--experiment', 'more']
+    said = refused('train.py', *toy_flags, *more)
+    assert f'--initial-checkpoint {copy}/model.safetensors begins with its weights' in said
+    assert not (tmp_path / 'more').exists()
+
+
+def test_a_run_of_an_older_version_becomes_longer_too(toy_flags, finished, tmp_path):
+    """Its args.yaml and its checkpoints know none of the newer flags."""
+    copy = shutil.copytree(finished[0], tmp_path / 'copy')
+    known = yaml.safe_load((copy / 'args.yaml').read_text())
+    newer = {'aug', 'vflip', 'ratio', 'reprob', 'mixup', 'cutmix', 'model_ema', 'bce_loss', 'layer_decay', 'clip_grad',
+             'amp_dtype', 'initial_checkpoint', 'initial_sha256', 'log_with', 'timeout', 'opt_kwargs', 'drop'}
+    assert newer < known.keys()
+    (copy / 'args.yaml').write_text(yaml.safe_dump({key: known[key] for key in known.keys() - newer}))
+    args = ['train.py', *toy_flags, '--output', tmp_path]
+    assert run_here(*args, '--resume', 'auto').stderr.splitlines()[0] == f'run folder  {copy}'  # it is found
+    assert 'mixup 0.0 -> 0.5' in refused(*args, '--mixup', '0.5', '--resume', copy)
+    result = run_here(*args, '--epochs', '5', '--resume', copy, '--experiment', 'more')
+    assert result.returncode == 0, result.stderr
+    assert read_results(tmp_path / 'more')['args']['extended'] == [3]
 
 
 @pytest.mark.parametrize(('flags', 'words'), [
@@ -286,6 +330,8 @@ def test_longer_is_all_that_a_run_may_become(toy_flags, finished, tmp_path, flag
     (['--train-interpolation', 'random'], '--train-interpolation does nothing without --no-in-memory'),
     (['--no-in-memory', '--crop-padding', '2'], '--crop-padding does nothing without --in-memory'),
     (['--no-aug', '--hflip', '0.5'], '--hflip does nothing without --aug'),
+    (['-j', '3'], '--workers does nothing without --no-in-memory'),
+    (['--torchcompile-mode', 'default'], '--torchcompile-mode does nothing without --compile'),
     (['--remode', 'pixel'], '--remode does nothing without --reprob'),
     (['--mixup-prob', '0.5'], '--mixup-prob does nothing without --mixup or --cutmix'),
     (['--mixup', '1', '--mixup-switch-prob', '0.5'], '--mixup-switch-prob does nothing without --cutmix'),
@@ -302,6 +348,9 @@ def test_a_flag_that_would_do_nothing_is_refused(flags, words):
     (['--mixup', '0.5', '-b', '7'], '--batch-size 7 is odd'),
     (['--sync-bn'], 'on GPUs alone'),
     (['--opt', 'sgd', '--opt-betas', '0.9', '0.95'], '--opt-betas: --opt sgd has none'),
+    (['--opt', 'sgd', '--opt-kwargs', 'eps=1e-8'], '--opt-eps: --opt sgd has none'),
+    (['--opt', 'adamw', '--opt-betas', '0.8', '0.9', '0.95'], '--opt adamw has 2'),
+    (['--opt', 'adamw', '--opt-eps', '1e-8', '--opt-kwargs', 'eps=1e-8'], '--opt-kwargs eps: a flag says it too'),
     (['--opt-kwargs', 'nonsense=1'], 'nonsense'),
     (['--cuda-graphs', '--drop', '0.1'], 'dropout'),
     (['--cuda-graphs', '--amp', '--amp-dtype', 'float16'], '--amp-dtype float16'),
@@ -320,9 +369,17 @@ def test_of_a_recipe_counts_what_has_an_effect(tmp_path):
     assert (flags.model, flags.scale, flags.mixup_prob, flags.recount) == ('sd_resnet18', [0.35, 1.], 0.7, 3)
     flags = parse_train_flags(['-c', str(recipe), '--in-memory', '--mixup', '0', '--no-aug'])
     assert (flags.scale, flags.mixup_prob, flags.recount, flags.hflip) == ([0.08, 1.], 1., 1, 0.5)
+    recipe.write_text('config: own\nin_memory: true\n')  # what `own` says of files has no effect then
+    flags = vars(parse_train_flags(['-c', str(recipe)]))
+    assert (flags['in_memory'], flags['scale'], flags['lr']) == (True, [0.08, 1.], 0.05)
+    assert changed_from_recipe(vars(parse_train_flags(['-c', 'own', '--in-memory']))) == dict(in_memory=True)
+    assert changed_from_recipe(vars(parse_train_flags(['-c', 'quickstart', '--no-aug']))) == dict(aug=False)
+    (tmp_path / 'base.yaml').write_text('epochs: 7\nlr: 0.3\n')
+    recipe.write_text('config: base.yaml\nlr: 0.2\n')  # beside it, wherever that is
+    assert read_recipe(str(recipe)) == dict(epochs=7, lr=0.2)
     recipe.write_text('config: own\nmixup_prob: 0.7\n')
     assert f'recipe {recipe}: mixup_prob does nothing without --mixup or --cutmix' in refused('train.py', '-c', recipe)
-    recipe.write_text(f'config: {recipe}\n')
+    recipe.write_text('config: mine.yaml\n')
     assert 'builds on itself' in refused('train.py', '-c', recipe)
 
 

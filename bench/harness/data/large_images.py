@@ -3,9 +3,7 @@
 They leave the workers as uint8 and are normalised on the device, as by timm's loader. Order and augmentation of an
 image follow from (seed, epoch, image) alone, whatever the numbers of workers and processes.
 """
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,34 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from harness.data.batches import Batches
 from harness.data.columns import Split
 from harness.data.decoding import decode, name_image
+from harness.data.seeding import seeded
 from harness.errors import RankError, UserError
 
 Transform = Callable[[Image.Image], torch.Tensor]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators that timm's transforms draw from: Python's, numpy's and torch's.
-
-    A worker has no other use for them. The main process, which reads by itself with --workers 0, gets its own back.
-    """
-    is_main = get_worker_info() is None
-    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if is_main else None
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks all other devices too, for each image
-    try:
-        yield
-    finally:
-        if before is not None:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 from harness.data.batches import Batches
-from harness.data.large_images import seeded
+from harness.data.seeding import seeded
 from harness.data.settings import AugmentationSettings
 
 # From images (B, C, H, W), labels (B,), the number of the batch and its size on all ranks, to images and targets.

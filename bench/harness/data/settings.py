@@ -14,7 +14,7 @@ class ImageSettings:
                                    nargs='+')
     batch_size: int = flag(128, 'images a process and step', short='-b', type=positive_int)
     in_memory: bool = flag(True, 'decode all images once into memory, for small ones; otherwise --workers read them')
-    workers: int = flag(4, 'processes that read where not --in-memory', short='-j', type=non_negative_int)
+    workers: int = flag(4, 'processes that read', short='-j', type=non_negative_int, needs='no_in_memory')
 
 
 @dataclass(frozen=True)
