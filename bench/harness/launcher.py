@@ -77,8 +77,9 @@ def check_launcher() -> None:
         if value.lower() not in OFF:
             raise UserError(f'the launcher says {name}={value}, which is not followed: {what}; {LEAVE_OUT}')
     given = {name: os.environ[name] for name in RENDEZVOUS if os.environ.get(name)}
-    if not given.keys() & {'RANK', 'WORLD_SIZE', 'LOCAL_RANK'} or torch.distributed.is_initialized():
-        return  # one process, or those that somebody else has joined already
+    is_alone = given.get('WORLD_SIZE', '1') == '1' and given.get('RANK', '0') == '0' and 'LOCAL_RANK' not in given
+    if is_alone or torch.distributed.is_initialized():  # or somebody else has joined the others already
+        return
     way_out = 'start it with torchrun or accelerate launch (README, Several processes), or unset them'
     missing = [name for name in RENDEZVOUS if name not in given]
     if missing:

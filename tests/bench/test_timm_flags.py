@@ -12,6 +12,7 @@ from torch import nn
 
 from harness import engine, training
 from harness.loss import LossSettings, make_loss
+from harness.network import DepthSettings, NetworkSettings, build_network
 from harness.optimizer import OptimizerSettings, build_optimizer, make_clip
 from harness.recipes import changed_by_run, changed_from_recipe, parse_train_flags, read_recipe
 from harness.run_folder import RunFolder
@@ -391,3 +392,20 @@ def test_the_recipes_build_on_own(name):
     assert all(flags[key] == value for key, value in recipe.items())
     assert own.keys() <= recipe.keys()
     assert timm.is_model(flags['model'].partition('.')[0])
+
+
+@pytest.mark.parametrize('name', ['sd_resnet20_cifar', 'resnet18'])
+def test_sync_bn_is_the_same_network_on_one_process(name):
+    """On a CPU torch has it on one process alone; no GPU has run it."""
+    found = []
+    for sync in (False, True):
+        torch.manual_seed(0)
+        network = build_network(NetworkSettings(model=name), DepthSettings(
+            drop_path=0.5, drop_path_mode='batch', drop_path_scale='eval', sync_bn=sync), 10, seed=0).train()
+        assert sync == any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+        torch.manual_seed(1)
+        network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        found.append({key: param.grad for key, param in network.named_parameters()} | network.state_dict())
+    plain, synced = found
+    assert plain.keys() == synced.keys()
+    assert all(torch.equal(plain[key], synced[key]) for key in plain)
