@@ -42,6 +42,26 @@ def evaluation_in_batches_of_their_own_size():
             assert_same_errors(*folders)
 
 
+# Without batch norm, whose statistics are those of a process's own images.
+MIXED = ['--model', 'convnext_atto', '--model-kwargs', 'depths=[1,2,1,1]', 'dims=[8,16,16,16]', '--img-size', '32',
+         '--epochs', '2', '--warmup-epochs', '0', '--no-amp', '--threads', '1', '--drop-path', '0.3', '--opt', 'adamw',
+         '--lr', '1e-3', '--mixup', '0.8', '--cutmix', '1', '--reprob', '0.5', '--vflip', '0.5', '--smoothing', '0.1',
+         '--bce-loss', '--clip-grad', '0.5', '--layer-decay', '0.8', '--model-ema', '--model-ema-decay', '0.9']
+
+
+def mixed_training():
+    """The summary is that of one process, which the folder ALONE holds, up to the order in which floats are added."""
+    with tempfile.TemporaryDirectory() as output:
+        result = run_here('train.py', *MIXED, '-b', '32', '--require-processes', '2', '--output', output,
+                          '--experiment', 'a')
+        assert result.returncode == 0, result.stderr
+        if PartialState().is_main_process:
+            ours, theirs = (read_csv(Path(place, 'a', 'summary.csv')) for place in (output, os.environ['ALONE']))
+            for row, other in zip(ours, theirs, strict=True):
+                for key in row.keys() - {'train_seconds', 'eval_top1', 'eval_top5', 'eval_top1_ema', 'eval_top5_ema'}:
+                    assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-3), key
+
+
 def two_ranks():
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
@@ -52,12 +72,20 @@ def test_two_ranks_update_as_one_process():
     on_two_ranks(update_every_batch, update_every_second_batch)
 
 
+def test_two_ranks_mix_erase_clip_and_average_as_one_process(tmp_path, monkeypatch):
+    alone = run_here('train.py', *MIXED, '-b', '64', '--output', tmp_path, '--experiment', 'a')
+    assert alone.returncode == 0, alone.stderr
+    monkeypatch.setenv('ALONE', str(tmp_path))
+    on_two_ranks(mixed_training)
+
+
 def test_two_ranks_evaluate_in_batches_of_any_size():
     on_two_ranks(evaluation_in_batches_of_their_own_size)
 
 
 # --- accelerate launch bench/train.py, by the README's lines
 
+TODAY = ['--mixup', '0.8', '--reprob', '0.3', '--clip-grad', '1', '--model-ema', '--model-ema-decay', '0.9']
 TRAIN = ['--model', 'sd_resnet20_cifar', '--img-size', '8', '--epochs', '3', '--no-amp', '--threads', '1']
 
 
@@ -73,7 +101,7 @@ def launch(output, *launcher_args, port=None, more=()):
 
 def flags(processes, output):
     """Those of train.py, for a batch of 64 images of all processes together."""
-    return [*TRAIN, '-b', str(64 // processes), '--require-processes', str(processes), '--output', str(output),
+    return [*TRAIN, *TODAY, '-b', str(64 // processes), '--require-processes', str(processes), '--output', str(output),
             '--experiment', 'a', '--resume', 'auto']
 
 
