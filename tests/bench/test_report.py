@@ -96,6 +96,20 @@ def test_readme_shows_the_errors_of_the_pair():
         assert seeds == ', '.join(str(len(runs)) for runs in found)
 
 
+def test_readme_shows_the_errors_and_times_of_the_recipes_for_your_own_pictures():
+    rows = {row[0].strip('`'): row[1:] for table in tables((ROOT / 'README.md').read_text()) for row in table
+            if row[0] in ('`finetune`', '`scratch`')}
+    assert rows.keys() == {'finetune', 'scratch'}
+    for recipe, (network, epochs, *cells) in rows.items():
+        runs = [kept_runs()[f'imagenette_{recipe}_{mode}'] for mode in ('batch', 'sample')]
+        assert {run['drop_path_rate'] for run in runs} == {0.3}
+        for run in runs:
+            assert (run['recipe'], run['epochs']) == (recipe, int(epochs))
+            assert f'`{run["model"]}` at {run["args"]["img_size"]} px' in network
+            assert run['images'] == dict(train=1472, val=500, test=500)
+        assert cells == [f'{run["test_best"]["top1_err"]} %, {run["epoch_seconds"]}' for run in runs]
+
+
 def test_runs_in_no_table_are_named(parts):
     assert parts['In no table'].strip().rstrip('.').partition(': ')[2].split(', ') == sorted(OF_NO_BUDGET)
 

@@ -12,7 +12,9 @@ KEPT = BENCH / 'results' / 'runs'
 TEMPLATE = KEPT / 'cifar10_16_epochs_scale_eval'
 # Kept for figures of README.md and bench/README.md: of other epochs or data than the experiments'.
 OF_NO_BUDGET = {'cifar100_16_epochs', 'cifar10_1202_part', 'cifar10_16_epochs_scale_eval',
-                'cifar10_16_epochs_scale_train', 'imagenette', 'own_imagenette', 'svhn_generated'}
+                'cifar10_16_epochs_scale_train', 'imagenette', 'own_imagenette', 'svhn_generated',
+                'imagenette_finetune_batch', 'imagenette_finetune_sample', 'imagenette_scratch_batch',
+                'imagenette_scratch_sample'}
 
 
 def kept_runs():
