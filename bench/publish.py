@@ -31,7 +31,7 @@ from timing.contestants import Variant
 from timing.rows import find_row
 
 # Flags that a card has a place of its own for.
-SAID_ELSEWHERE = ('model', 'epochs', 'fingerprint')
+SAID_ELSEWHERE = ('model', 'epochs', 'fingerprint', 'extended', 'initial_checkpoint')
 PRETRAINED = Path(timm_sd.__file__).parent / 'pretrained'
 TIMING = RESULTS / 'timing'
 # The paper's augmentation, and what others there are.

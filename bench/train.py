@@ -109,11 +109,12 @@ def main() -> None:
     """Parses, checks everything, and only then makes the run folder and trains."""
     args = parse_train_flags()
     registered_name(args.model)
-    check_trackers(make_settings(TrackingSettings, args))
+    args.pretrained = args.pretrained and not args.initial_checkpoint  # which says all weights
     args.amp, args.amp_dtype = settle_precision(args.amp, args.amp_dtype)
     accelerator = join_processes(make_settings(LaunchSettings, args), args.grad_accum_steps)
     args.initial_sha256 = digest_of(args.initial_checkpoint)  # recorded: a resumed run began with the same weights
     check_ranks(vars(args), accelerator)
+    from_main_process(accelerator, lambda: check_trackers(make_settings(TrackingSettings, args)))
     args.global_batch_size = args.batch_size * accelerator.num_processes  # recorded: order and gates follow from it
     flags = group_flags(args)
     trainer = build_trainer(flags, accelerator)

@@ -5,8 +5,10 @@ Each part of the harness says in a dataclass which settings it needs. A field ma
 are timm's where timm has such a flag.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
@@ -124,7 +126,14 @@ def number(kind: type[Number], low: float = -math.inf, high: float = math.inf) -
 
 positive_int, non_negative_int = number(int, 1), number(int, 0)
 finite, non_negative, unit_interval = number(float), number(float, 0), number(float, 0, 1)
-positive = number(float, 1e-6)
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    if finite(text) <= 0:
+        raise argparse.ArgumentTypeError(f'{text} must be above 0')
+    return finite(text)
+
 
 
 def drop_rate(text: str) -> float:
@@ -140,8 +149,8 @@ def key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not equals:
         raise argparse.ArgumentTypeError(f'{text!r} is not of the form key=value')
-    if re.fullmatch(r'[-+]?\d+(\.\d*)?e[-+]?\d+', value, re.IGNORECASE):  # YAML takes 1e-8 for a word
-        return key, float(value)
+    with contextlib.suppress(ValueError):  # YAML would take 1e-8 for a word
+        return key, json.loads(value)
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -57,7 +57,7 @@ class TrainStep:
         amp: See `autocast`.
         loss: See `make_loss`.
         grad_accum_steps: Batches an update. Each has gates of its own; gradients are exchanged once an update.
-        clip: Clips the gradient that an update moves the parameters by.
+        clip: Clips the gradient that an update moves the parameters by, unscaled.
         scaler: Of the loss, where autocast is float16's, whose small gradients would be zero.
     """
     model: nn.Module
@@ -70,7 +70,7 @@ class TrainStep:
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
 
     def backward(self, x: torch.Tensor, target: torch.Tensor, images: int, is_update: bool) -> torch.Tensor:
-        """Adds the gradient of one batch to that of its update.
+        """Adds the gradient of one batch to that of its update. After the update's last batch it is unscaled.
 
         Args:
             x: This process's images, (B, C, H, W).

@@ -119,6 +119,6 @@ def join_processes(settings: LaunchSettings, grad_accum_steps: int = 1) -> Accel
         raise UserError(f'--require-processes is {settings.require_processes}, but here train '
                         f'{describe_processes(accelerator)}; README, Several processes, has the launch lines')
     # accelerate launch sets OMP_NUM_THREADS to 1, also where one process has all cores.
-    torch.set_num_threads(settings.threads or max(1, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', '1'))))
+    torch.set_num_threads(settings.threads or max(1, cores() // int(os.environ.get('LOCAL_WORLD_SIZE') or 1)))
     torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
     return accelerator

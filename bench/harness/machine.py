@@ -32,7 +32,7 @@ def hardware(accelerator: Accelerator, amp: bool, amp_dtype: str = 'bfloat16') -
 
 
 def precision(amp: bool, amp_dtype: str = 'bfloat16') -> str:
-    """The short name of what is computed in."""
+    """'bf16', 'fp16' or 'fp32'."""
     return dict(bfloat16='bf16', float16='fp16')[amp_dtype] if amp else 'fp32'
 
 

@@ -43,7 +43,7 @@ def _title(label: torch.Tensor, class_names: Sequence[str]) -> str:
     if label.ndim == 0:
         return _short(class_names[int(label)], 24)
     (first, second), numbers = label.topk(2)
-    if first - second > 0.75:  # the rest is label smoothing
+    if first - second > 0.75:  # hardly mixed, or smoothed
         return _short(class_names[int(numbers[0])], 24)
     return '\n'.join(f'{_short(class_names[int(number)], 18)} {100 * share:.0f} %'
                      for number, share in zip(numbers, (first, second), strict=True))

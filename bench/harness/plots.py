@@ -54,7 +54,7 @@ def save_curves(rows: list[dict[str, float]], results: dict[str, Any], path: Pat
     epochs = [row['epoch'] + 1 for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
     left.semilogy(epochs, [row['train_loss'] for row in rows], color='black', label='training')
-    for suffix, color, name in (('', 'tab:orange', 'validation'), ('_ema', 'tab:blue', 'validation, of the average')):
+    for suffix, color, name in (('', 'tab:orange', 'validation'), ('_ema', 'tab:blue', 'validation, EMA')):
         if f'eval_loss{suffix}' in rows[0]:
             left.semilogy(epochs, [row[f'eval_loss{suffix}'] for row in rows], color=color, ls='--', label=name)
             right.plot(epochs, [100 - row[f'eval_top1{suffix}'] for row in rows], color=color, ls='--', label=name)

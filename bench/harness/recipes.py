@@ -1,5 +1,6 @@
 """The flags of train.py, and recipes: YAML files that say what the command line leaves open."""
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def _recipe_file(name: str, beside: str = '') -> str:
     """The file of a recipe's name or file; of a file that another one names, beside that one."""
     if not name.endswith(('.yaml', '.yml')):
         return str(RECIPES / f'{name}.yaml')
-    return os.path.join(os.path.dirname(beside), name)
+    return os.path.normpath(os.path.join(os.path.dirname(beside), name))
 
 
 def _read_recipe_file(file: str, name: str) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     files = [_recipe_file(name)]
     while True:
         own = _read_recipe_file(files[-1], name)
-        name = str(own.pop('config', ''))
+        name = str(own.pop('config', None) or '')
         recipe = {**own, **recipe}
         if not name:
             return recipe
@@ -105,8 +106,9 @@ def command_line(flags: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             line.append(f'--{words}' if value else f'--no-{words}')
         elif isinstance(value, dict):
-            line += [f'--{words}', *(f'{key}={entry}' for key, entry in value.items())]
-        elif value is not None:
+            line += [f'--{words}', *(f'{key}={entry if isinstance(entry, str) else json.dumps(entry)}'
+                                     for key, entry in value.items())]
+        elif value is not None and value != []:
             line += [f'--{words}', *(str(entry) for entry in (value if isinstance(value, list) else [value]))]
     return line
 
@@ -114,7 +116,7 @@ def command_line(flags: dict[str, Any]) -> list[str]:
 def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of train.py: those of the command line, and the recipe's where it says nothing.
 
-    Of the recipe counts only what has an effect with the flags of the command line.
+    Values of the recipe that have no effect with the flags of the command line are dropped.
 
     Args:
         argv: The command line, by default this process's.
@@ -135,7 +137,7 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if one in typed:  # the command line's choice, not the recipe's
             recipe.pop(other, None)
     lacks = _idle(vars(parser.parse_args(command_line(recipe))))
-    for key in _read_recipe_file(_recipe_file(args.config), args.config).keys() & lacks:  # not those it builds on
+    for key in sorted(_read_recipe_file(_recipe_file(args.config), args.config).keys() & lacks):  # not its base's
         raise UserError(f'recipe {args.config}: {key} does nothing without {lacks[key]}')
     lacks = _idle(vars(parser.parse_args([*command_line(recipe), *argv])))
     for key in sorted(typed & lacks.keys()):

@@ -76,8 +76,8 @@ def ranked(trainer: Trainer) -> list[str]:
     return sorted(trainer.networks, key=rank)
 
 
-def weights_beside(trainer: Trainer, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights that are kept beside the published ones, and what results.json says of them."""
+def test_best_of(trainer: Trainer, suffix: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The best weights of one of `Trainer.networks`, and what results.json says of them where others are published."""
     weights, (epoch, top1) = trainer.load_best(suffix), trainer.best(suffix)
     return weights, dict(best_epoch=epoch, val_top1_err=round(100 - top1, 4), test_best=trainer.test(weights))
 
@@ -96,7 +96,7 @@ def finish(trainer: Trainer, flags: TrainFlags) -> dict[str, Any]:
     suffix, *others = ranked(trainer)
     best_epoch, best_top1 = trainer.best(suffix)
     last = trainer.test({name: tensor.clone() for name, tensor in trainer.networks[suffix].state_dict().items()})
-    beside = {of: weights_beside(trainer, of) for of in others}  # with --model-ema the worse of the two
+    beside = {of: test_best_of(trainer, of) for of in others}  # with --model-ema the worse of the two
     weights = trainer.load_best(suffix)
     mistakes = Mistakes(len(trainer.data.class_names), trainer.batches['test'])
     best = trainer.test(weights, mistakes.add)

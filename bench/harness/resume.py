@@ -46,8 +46,8 @@ class FolderSettings:
     resume: str | None = flag(None, "'auto', or a run folder to go on with")
 
 
-class BegunFrom(NamedTuple):
-    """A run folder, and the finished run that a new one there goes on from, to be trained for longer."""
+class Target(NamedTuple):
+    """The folder of a run, and the finished run that a new one begins from, to train it for longer."""
     folder: RunFolder
     finished: RunFolder | None = None
 
@@ -57,13 +57,14 @@ def _differences(flags: dict[str, Any], old: dict[str, Any], effective: Effectiv
     # global_batch_size and initial_sha256 may not differ; amp is the old run's where it is open
     free = {*MAY_DIFFER, 'batch_size', 'initial_checkpoint', *(['amp'] if flags['amp'] is None else [])}
     ours, theirs = effective(flags), effective(old)
-    return {key: f'{key} {theirs[key]} -> {ours[key]}' for key in sorted(ours.keys() & theirs.keys() - free)
-            if ours[key] != theirs[key]}
+    names = dict(initial_sha256='the file of --initial-checkpoint')
+    return {key: f'{names.get(key, key)} {theirs[key]} -> {ours[key]}'
+            for key in sorted(ours.keys() & theirs.keys() - free) if ours[key] != theirs[key]}
 
 
-def _begin_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder, effective: Effective) -> BegunFrom:
-    """A new run that goes on where a finished one ended; UserError unless more epochs are all that is new."""
-    old, weights = finished.read_flags() or {}, f'--initial-checkpoint {finished.path}/model.safetensors'
+def _check_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder, effective: Effective) -> Target:
+    """What `folder` is to go on from, a finished run; UserError unless more epochs are all that is new."""
+    old, weights = effective(finished.read_flags() or {}), f'--initial-checkpoint {finished.path}/model.safetensors'
     differences = _differences(flags, old, effective)
     if finished.read_results() is None:
         raise UserError(f'{finished.path} is not finished; finish it first, without --experiment')
@@ -73,7 +74,7 @@ def _begin_longer(flags: dict[str, Any], finished: RunFolder, folder: RunFolder,
         raise UserError(f'{finished.path} was run with other flags ({"; ".join(differences.values()) or "the same"}); '
                         f'to go on with it in {folder.path} give more --epochs than its {old["epochs"]}, and nothing '
                         f'else; other flags begin with {weights}')
-    return BegunFrom(folder, finished)
+    return Target(folder, finished)
 
 
 def _ways_on(folder: RunFolder, flags: dict[str, Any], old: dict[str, Any], differences: dict[str, str]) -> str:
@@ -87,7 +88,7 @@ def _ways_on(folder: RunFolder, flags: dict[str, Any], old: dict[str, Any], diff
 
 
 def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
-                    effective: Effective = dict) -> BegunFrom:
+                    effective: Effective = dict) -> Target:
     """The folder that the flags mean: a new one, or with `resume` the one to go on with.
 
     Args:
@@ -110,8 +111,13 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
             raise UserError(f'--resume {resume} is no run folder: it has no args.yaml')
         if not settings.experiment:
             folder = named
-        elif folder.read_flags() is None:
-            return _begin_longer(flags, named, folder, effective)
+        elif folder.path.resolve() != named.path.resolve():
+            theirs, results = folder.read_flags(), named.read_results()
+            if theirs is None:
+                return _check_longer(flags, named, folder, effective)
+            if results is None or theirs.get('extended', [])[-1:] != [results['epochs']]:
+                raise UserError(f'{folder.path} exists, and was not begun from {named.path}; choose another '
+                                '--experiment')
     elif resume == 'auto' and not settings.experiment:
         begun = [path for path in output.glob('*/args.yaml') if path.is_file()]
         for path in sorted(begun, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -119,9 +125,8 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
                 old = RunFolder(path.parent).read_flags()
             except UserError:
                 continue  # whatever it was, it was not named
-            if old is not None and old.keys() - {'extended'} <= flags.keys() \
-                    and not _differences(flags, old, effective):
-                return BegunFrom(RunFolder(path.parent))
+            if old is not None and old.keys() <= flags.keys() and not _differences(flags, old, effective):
+                return Target(RunFolder(path.parent))
     old = folder.read_flags()
     if old is not None:
         if resume is None:
@@ -131,16 +136,16 @@ def find_run_folder(settings: FolderSettings, flags: dict[str, Any], name: str,
         if differences:
             raise UserError(f'{folder.path} was run with other flags ({"; ".join(differences.values())}); use the '
                             f'same, or choose another --experiment{_ways_on(folder, flags, old, differences)}')
-    return BegunFrom(folder)
+    return Target(folder)
 
 
 def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator: Accelerator, name: str,
                     effective: Effective = dict) -> RunFolder:
     """Finds the run folder on the main process, makes it, and tells the others: the clock is in its name.
 
-    In all processes `flags` then also says what follows from the run that is gone on with. `amp`, where it is open, is
-    that run's, and of a new one what is faster. `extended` are the epochs that the run had when it was finished, each
-    time that it was then trained for longer. See `find_run_folder`.
+    It sets two of the flags in all processes. `amp`, where it is open, becomes that of the run to go on with, and for a
+    new run what is faster. `extended` becomes the epochs at which the run was finished before, each time that it was
+    then trained for longer. See `find_run_folder`.
     """
     def find() -> tuple[RunFolder, dict[str, Any]]:
         folder, finished = find_run_folder(settings, flags, name, effective)

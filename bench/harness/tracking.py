@@ -1,7 +1,6 @@
 """Trackers, by Accelerate: they are told what summary.csv holds of each epoch."""
-import hashlib
 import json
-import socket
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from accelerate.tracking import filter_trackers, get_available_trackers
 
 from harness.cli import flag
 from harness.errors import UserError, one_line
+from harness.files import write_atomic
 from harness.ranks import from_main_process
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
@@ -51,11 +51,12 @@ def start_trackers(settings: TrackingSettings, accelerator: Accelerator, folder:
     accelerator.log_with = filter_trackers(list(names), accelerator.logging_dir)
     told = {key: value if isinstance(value, int | float | str | bool) else json.dumps(value)
             for key, value in flags.items()}
-    # Two folders of one name, here or on two machines, are two runs.
-    place = hashlib.sha256(f'{socket.gethostname()} {folder.resolve()}'.encode()).hexdigest()[:8]
-    one_run = dict(name=f'{folder.name}-{place}', resume='allow')
 
     def start() -> None:
+        file = folder / '.tracked'  # two folders of one name are two runs, wherever they are moved
+        if not file.exists():
+            write_atomic(file, secrets.token_hex(4).encode())
+        one_run = dict(name=f'{folder.name}-{file.read_text()}', resume='allow')
         try:
             accelerator.init_trackers('timm-sd', told, dict(wandb=dict(one_run, id=one_run['name']), trackio=one_run))
         except Exception as error:  # each tracker has errors of its own

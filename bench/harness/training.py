@@ -39,8 +39,8 @@ class TrainingSettings:
                                       'summary.csv')
     cuda_graphs: bool = flag(False, 'record each block of sd_resnet*_cifar once as CUDA graphs, and replay the open '
                                     'ones (not yet run on a GPU; on a CPU a stand-in runs the same lines)')
-    model_ema: bool = flag(False, 'keep a moving average of the weights too; the better of the two on the validation '
-                                  'images is what a run gives')
+    model_ema: bool = flag(False, 'keep a moving average (EMA) of the weights too; the better of the two on the '
+                                  'validation images becomes model.safetensors')
     model_ema_decay: float = flag(0.9998, 'share of the average that an update keeps', type=unit_interval,
                                   needs='model_ema')
     model_ema_warmup: bool = flag(False, 'let the decay climb to that', needs='model_ema')
@@ -205,7 +205,7 @@ class Trainer:
         draws = epoch == 0 and self.accelerator.is_main_process
         train_loss = train_epoch(
             self.step, batches, self.scheduler, epoch, bar, self.settings.log_interval, self.mix,
-            before_update=self.before_update, after_update=self.average if self.settings.model_ema else None,
+            before_update=self.before_update, after_update=self.update_ema if self.settings.model_ema else None,
             see_first_batch=self.draw_samples if draws else None)
         seconds = time.perf_counter() - start - self.pause_seconds
         if not math.isfinite(train_loss):
@@ -215,7 +215,8 @@ class Trainer:
         self.scheduler.step(epoch + 1)
         row = dict(epoch=epoch, train_loss=train_loss, **val, lr=sum(rates) / len(rates), train_seconds=seconds)
         if self.gradients:
-            row['grad_magnitude'] = torch.stack(self.gradients).mean().item()
+            gradients = torch.stack(self.gradients)
+            row['grad_magnitude'] = gradients[gradients.isfinite()].mean().item()  # float16's scaler skips the others
         return row
 
     def draw_samples(self, x: torch.Tensor, target: torch.Tensor) -> None:
@@ -234,7 +235,7 @@ class Trainer:
             self.model.train()
             self.pause_seconds += time.perf_counter() - start
 
-    def average(self, update: int) -> None:
+    def update_ema(self, update: int) -> None:
         """Takes the weights into their average, after an update of this epoch."""
         updates = -(-len(self.batches['train']) // self.settings.grad_accum_steps)
         self.ema.update(self.model, step=self.progress.epoch * updates + update + 1)

@@ -276,6 +276,8 @@ def test_a_finished_run_is_trained_for_longer_as_if_it_had_been_longer_from_the_
     assert longer['args']['extended'] == changed_by_run(longer)['extended'] == [3]
     assert 'extended' not in read_results(long)['args']
     assert {path: path.read_bytes() for path in before} == before
+    other = refused(*more, '--resume', long, '--experiment', 'longer')
+    assert f'exists, and was not begun from {long}' in other
     # cut off, it goes on by the same line, or by --resume auto
     cut_off(tmp_path / 'short' / 'longer')
     for resume in (short, 'auto'):

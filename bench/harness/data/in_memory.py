@@ -128,7 +128,7 @@ class MemoryBatches(Batches):
         crop_padding: See `random_crop_flip`.
         hflip: See `random_crop_flip`.
         vflip: See `random_crop_flip`.
-        **kwargs: seed, rank and world_size, see `Batches`.
+        **kwargs: seed, rank, world_size and pairs, see `Batches`.
 
     Attributes:
         at_once: Batches that are made at once, see `GROUP_BYTES`. They are slices of one tensor.

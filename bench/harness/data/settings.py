@@ -53,8 +53,8 @@ class AugmentationSettings:
     remode: str = flag('pixel', 'what it is filled with: noise of each pixel, one random color, or the mean',
                        choices=('pixel', 'rand', 'const'), needs='reprob')
     recount: int = flag(1, 'rectangles of an image, at most', type=positive_int, needs='reprob')
-    mixup: float = flag(0., 'alpha of mixup: two images, one shining through the other', type=non_negative)
-    cutmix: float = flag(0., 'alpha of CutMix: a rectangle of another image', type=non_negative)
+    mixup: float = flag(0., 'alpha of mixup, which blends two images', type=non_negative)
+    cutmix: float = flag(0., 'alpha of CutMix, which pastes a rectangle of another image', type=non_negative)
     mixup_prob: float = flag(1., 'probability that a batch is mixed', type=unit_interval, needs='mixup|cutmix')
     mixup_switch_prob: float = flag(0.5, 'probability of CutMix where both are on', type=unit_interval,
                                     needs='mixup cutmix')

@@ -150,7 +150,7 @@ class StreamBatches(Batches):
         device: Where the batches go.
         workers: Processes that read; with 0 this one does.
         train: Shuffle and augment.
-        **kwargs: seed, rank and world_size, see `Batches`.
+        **kwargs: seed, rank, world_size and pairs, see `Batches`.
     """
 
     def __init__(
