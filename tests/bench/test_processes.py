@@ -219,7 +219,7 @@ def test_processes_end_with_one_line_in_all_and_go_on(tmp_path, start, rank, num
     assert process.returncode != 0
     assert stderr.count('train.py: ') == 1, stderr
     said = stderr.partition('train.py: ')[2].splitlines()[0]
-    assert said.endswith('; to go on, run the same line with --resume auto')
+    assert said.endswith('; to go on, run the same line again')  # which has --resume auto
     assert said.startswith(words or ('another process of this training is gone (', 'stopped by SIGTERM;'))
     assert f'File "{BENCH}' not in stderr  # the traceback is the launcher's own
     assert RunFolder(tmp_path / 'a').load_checkpoint()['epoch'] >= 1

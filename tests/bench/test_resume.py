@@ -67,9 +67,9 @@ def test_stopped_in_any_write_and_resumed_equals_undisturbed(toy_flags, tmp_path
             '--experiment']
     run_epoch, evaluate, replace, writes = training.Trainer.run_epoch, training.evaluate, os.replace, []
 
-    def run_noted_epoch(trainer, step, epoch, *args):
+    def run_noted_epoch(trainer, epoch, *args):
         noted.epoch = epoch
-        return run_epoch(trainer, step, epoch, *args)
+        return run_epoch(trainer, epoch, *args)
 
     def found(*args):
         return dict(evaluate(*args), top1=[10., 0., 20., 30., 0.][noted.epoch])

@@ -66,7 +66,7 @@ def test_a_training_with_spawned_workers_is_the_same(windows, tmp_path, kind):
 @pytest.mark.slow
 def test_a_run_folder_is_locked_and_a_signal_is_one_line(windows, toy_folder, tmp_path):
     args = flags(toy_folder, tmp_path, '--epochs', '1000', '--val-per-class', '3', '--resume', 'auto')
-    args.remove('--no-in-memory')
+    args = [arg for arg in args if arg not in ('--no-in-memory', '-j', '2')]
     with subprocess.Popen(command('train.py', *args, 'a'), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                           env=dict(windows, NO_SIGCHLD='1')) as process:
         try:
