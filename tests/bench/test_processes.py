@@ -191,14 +191,15 @@ def checkpoints(output):
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_equal(tmp_path):
     whole, header = done(torchrun(tmp_path / 'whole'))
     assert '2 processes x batch 32' in header
-    process = torchrun(tmp_path / 'killed', '--standalone', '--max-restarts', '1')
+    # gloo's processes don't always meet again: then the next restart tries it, after --timeout
+    process = torchrun(tmp_path / 'killed', '--standalone', '--max-restarts', '5', more=['--timeout', '20'])
     try:
         wait_until(lambda: checkpoints(tmp_path / 'killed'), process=process)
         os.kill(ranks(process)[1], signal.SIGKILL)
         restarted, stderr = done(process)
     finally:
         process.kill()
-    assert stderr.count('2 processes x batch 32') == 2
+    assert stderr.count('2 processes x batch 32') >= 2
     assert_same_run(tmp_path / 'killed' / 'a', tmp_path / 'whole' / 'a')
     assert restarted['test_last'] == whole['test_last']
 
