@@ -29,6 +29,7 @@ def first_on_each_machine(accelerator: Accelerator, make: Callable[[], Made]) ->
     """What `make` gives in each process; the first one of each machine goes first, and prepares it for the others.
 
     A UserError of one process is raised in all.
+    With Accelerate's local_main_process_first the others would wait for it.
     """
     made: list[Made] = []
     for is_first in (True, False):

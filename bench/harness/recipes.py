@@ -136,10 +136,10 @@ def parse_train_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for one, other in (('val_per_class', 'val_fraction'), ('val_fraction', 'val_per_class')):
         if one in typed:  # the command line's choice, not the recipe's
             recipe.pop(other, None)
-    lacks = _idle(vars(parser.parse_args(command_line(recipe))))
+    lacks = without_effect(vars(parser.parse_args(command_line(recipe))))
     for key in sorted(_read_recipe_file(_recipe_file(args.config), args.config).keys() & lacks):  # not its base's
         raise UserError(f'recipe {args.config}: {key} does nothing without {lacks[key]}')
-    lacks = _idle(vars(parser.parse_args([*command_line(recipe), *argv])))
+    lacks = without_effect(vars(parser.parse_args([*command_line(recipe), *argv])))
     for key in sorted(typed & lacks.keys()):
         raise UserError(f'--{key.replace("_", "-")} does nothing without {lacks[key]}; leave it out')
     recipe = {key: value for key, value in recipe.items() if key not in lacks}
@@ -153,8 +153,8 @@ def _typed(parser: Parser, argv: Sequence[str]) -> set[str]:
     return {key for key, value in vars(parser.parse_args(argv, unset)).items() if value is not nothing}
 
 
-def _idle(flags: dict[str, Any]) -> dict[str, str]:
-    """See `unmet`."""
+def without_effect(flags: dict[str, Any]) -> dict[str, str]:
+    """The flags of train.py that would do nothing, and the flag that each lacks; see `unmet`."""
     return unmet(flags, *SETTINGS_CLASSES.values())
 
 
@@ -162,8 +162,8 @@ def effective(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags of a run that had an effect. What an older version did not know yet was the default."""
     unknown = dict(vars(train_parser().parse_args([])), amp_dtype='bfloat16', initial_sha256=None)
     flags = {**unknown, **flags}
-    idle = _idle(flags)
-    return {key: value for key, value in flags.items() if key not in idle}
+    lacks = without_effect(flags)
+    return {key: value for key, value in flags.items() if key not in lacks}
 
 
 def is_packaged(recipe: str) -> bool:

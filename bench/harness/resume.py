@@ -23,7 +23,6 @@ MAY_DIFFER = ('resume', 'output', 'experiment', 'log_interval', 'checkpoint_inte
 # Names that Windows keeps for devices, whatever follows behind a dot.
 DEVICES = {'CON', 'PRN', 'AUX', 'NUL', *(f'{port}{number}' for port in ('COM', 'LPT') for number in range(10))}
 
-
 # From the flags of a run to those that had an effect.
 Effective = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -149,17 +148,17 @@ def open_run_folder(settings: FolderSettings, flags: dict[str, Any], accelerator
     """
     def find() -> tuple[RunFolder, dict[str, Any]]:
         folder, finished = find_run_folder(settings, flags, name, effective)
-        begun = (finished or folder).read_flags() or {}
+        old = (finished or folder).read_flags() or {}
         results = finished.read_results() if finished is not None else None
-        extended = [*begun.get('extended', []), *([results['epochs']] if results else [])]
-        told = dict(flags, **(dict(extended=extended) if extended else {}))
+        extended = [*old.get('extended', []), *([results['epochs']] if results else [])]
+        settled: dict[str, Any] = dict(extended=extended) if extended else {}
         if flags['amp'] is None:
-            told['amp'] = begun['amp'] if 'amp' in begun else default_amp(accelerator.device.type)
+            settled['amp'] = old['amp'] if 'amp' in old else default_amp(accelerator.device.type)
         if finished is not None:
             folder.begin_from(finished)
-        folder.create(told)
+        folder.create({**flags, **settled})
         folder.lock()
-        return folder, told
-    folder, told = from_main_process(accelerator, find)
-    flags.update({key: told[key] for key in ('amp', 'extended') if key in told})
+        return folder, settled
+    folder, settled = from_main_process(accelerator, find)
+    flags.update(settled)
     return folder
