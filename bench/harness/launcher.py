@@ -88,6 +88,11 @@ def check_launcher() -> None:
     for name, value in given.items():
         if name != 'MASTER_ADDR' and not (value.isascii() and value.isdigit()):
             raise UserError(f'{name} is {value!r}, which is no number; {way_out}')
+    if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and \
+            os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # The store outlives a restart, and the new processes would wait for the addresses that the old ones left in it.
+        raise UserError('torchrun --max-restarts wants a store of its own for each restart, else the new processes do '
+                        'not meet: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1')
     if int(given['RANK']) >= int(given['WORLD_SIZE']):
         raise UserError(f'RANK is {given["RANK"]}, but must be less than WORLD_SIZE, {given["WORLD_SIZE"]}; {way_out}')
 
