@@ -6,11 +6,12 @@ check_timm()
 from . import resnet_cifar_sd as _resnet_cifar_sd  # noqa: E402, F401  (registers the models)
 from . import resnet_sd as _resnet_sd  # noqa: E402, F401
 from .convert import add_stochastic_depth, remove_stochastic_depth  # noqa: E402
-from .gates import MODES, SCALES, SCHEDULES, DepthGates, drop_path_rates  # noqa: E402
+from .gates import MODES, SCALES, DepthGates  # noqa: E402
+from .rates import CHANGES, SCHEDULES, WHEN, drop_path_rates  # noqa: E402
 from .stochastic_depth import compile_blocks, depth_gates  # noqa: E402
 
 __version__ = '0.1.0'
 __all__ = [
-    'MODES', 'SCALES', 'SCHEDULES', 'DepthGates', 'add_stochastic_depth', 'compile_blocks', 'depth_gates',
-    'drop_path_rates', 'remove_stochastic_depth',
+    'CHANGES', 'MODES', 'SCALES', 'SCHEDULES', 'WHEN', 'DepthGates', 'add_stochastic_depth', 'compile_blocks',
+    'depth_gates', 'drop_path_rates', 'remove_stochastic_depth',
 ]

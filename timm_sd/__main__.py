@@ -17,7 +17,8 @@ import timm_sd
 from timm_sd.prefix import Prefix
 
 USAGE = ('usage: python -m timm_sd [--drop-path-mode batch|subset] [--drop-path-schedule linear|uniform] '
-         '[--drop-path-scale train|eval] SCRIPT [ARGS ...]')
+         '[--drop-path-scale train|eval] [--drop-path-when standard|early|late] [--drop-path-change constant|linear] '
+         '[--drop-path-cutoff EPOCHS] SCRIPT [ARGS ...]')
 VERSIONS = f'timm_sd {timm_sd.__version__} in {timm_sd.__path__[0]}, timm {timm.__version__} in {timm.__path__[0]}'
 
 
@@ -37,6 +38,9 @@ def main() -> None:
     parser.add_argument('--drop-path-mode', choices=('batch', 'subset'))
     parser.add_argument('--drop-path-schedule', choices=timm_sd.SCHEDULES)
     parser.add_argument('--drop-path-scale', choices=timm_sd.SCALES)
+    parser.add_argument('--drop-path-when', choices=timm_sd.WHEN)
+    parser.add_argument('--drop-path-change', choices=timm_sd.CHANGES)
+    parser.add_argument('--drop-path-cutoff', type=int)
     parser.add_argument('script', nargs='?')
     parser.add_argument('args', nargs=argparse.REMAINDER)
     settings = parser.parse_args()
@@ -44,7 +48,8 @@ def main() -> None:
         parser.error('no script to run')
     if not os.path.isfile(settings.script):
         parser.error(f'there is no script {settings.script}')
-    Prefix(settings.drop_path_mode, settings.drop_path_schedule, settings.drop_path_scale).install()
+    Prefix(settings.drop_path_mode, settings.drop_path_schedule, settings.drop_path_scale, when=settings.drop_path_when,
+           change=settings.drop_path_change, cutoff=settings.drop_path_cutoff).install()
     sys.argv = [settings.script, *settings.args]
     sys.path[0] = os.path.dirname(os.path.abspath(settings.script))  # as `python SCRIPT` would have it
     runpy.run_path(settings.script, run_name='__main__')

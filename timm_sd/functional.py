@@ -1,5 +1,6 @@
 """What the method does to tensors: zero gradients, the scale of the paper's eq. 5, and taking samples out."""
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -110,9 +111,31 @@ def add_scaled(shortcut: torch.Tensor, residual: torch.Tensor, factor: float | t
         residual: Output of the branch.
         factor: 1 / p_l; as a tensor (), float32, what is recorded with it follows its value.
     """
+    if torch.compiler.is_compiling():  # which fuses it by itself
+        return shortcut + scaled(residual, factor)
     if isinstance(factor, torch.Tensor):
         return _AddScaled.apply(shortcut, residual, factor)
     return torch.add(shortcut, residual, alpha=factor)
+
+
+def scaled(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """factor * x.
+
+    Args:
+        x: Of any shape.
+        factor: 1 / p_l; as a tensor (), see `as_tensor`, what is compiled with it follows its value.
+    """
+    if isinstance(factor, torch.Tensor):  # an operator would round it to 16 bits on a GPU
+        return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(x.dtype)
+    return x if factor == 1. else x * factor
+
+
+@lru_cache(maxsize=4096)  # a value comes again in each step, and a copy to a GPU each time would cost as much as it saves
+def as_tensor(value: float, device: torch.device) -> torch.Tensor:
+    """A number as a tensor (), float32; torch.compile would build a graph for each value of a number."""
+    # not one of torch.inference_mode, nor one that a selective checkpoint or a vmap knows: it is used again elsewhere
+    with torch.inference_mode(False), torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():
+        return torch.tensor(value, dtype=torch.float32).to(device)
 
 
 def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-SCHEDULES = ('linear', 'uniform')
+from .rates import RateOverTime, check_choice, check_rate, drop_path_rates
+
 MODES = ('batch', 'subset', 'sample')
 SCALES = ('train', 'eval')
 
@@ -19,45 +20,6 @@ REMEMBERED_PASSES = 100
 REMEMBERED_BEGINNINGS = 100_000
 
 _lock = threading.Lock()
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f'{name} is {value!r}; choose one of {", ".join(choices)}')
-
-
-def drop_path_rates(depth: int, drop_path_rate: float, schedule: str = 'linear') -> list[float]:
-    """The drop path rate 1 - p_l of each of `depth` blocks.
-
-    `linear` is the paper's eq. 4, p_l = 1 - (l / L)(1 - p_L) for l = 1..L: the first block is already dropped at times
-    and the last at exactly `drop_path_rate`. This is not timm's rule, idx / (n - 1), which never drops the first.
-
-    Args:
-        depth: Number of residual blocks, L.
-        drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
-        schedule: 'linear' or 'uniform' (every block at `drop_path_rate`).
-
-    Returns:
-        The rates of block 1, ..., block L.
-
-    Raises:
-        ValueError: If the rate or the schedule isn't one of these.
-    """
-    check_choice('drop_path_schedule', schedule, SCHEDULES)
-    _check_rate('drop_path_rate', drop_path_rate)
-    if schedule == 'uniform':
-        return [drop_path_rate] * depth
-    return [drop_path_rate * block / depth for block in range(1, depth + 1)]
-
-
-def _check_rate(name: str, rate: Any) -> float:
-    try:
-        if 0. <= float(rate) < 1.:
-            return float(rate)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f'{name} is {rate}; it must be a number in [0, 1)')
 
 
 class Draw(NamedTuple):
@@ -111,6 +73,8 @@ class DepthGates:
         epoch: Epoch of the draws.
         step: Number of draws in this epoch.
         active: Whether a rate was ever above 0; before that no gate is asked.
+        over_time: How the rates change with the epoch; None if they don't.
+        survival_probs: p_l of each block, (L,) on the CPU: a tensor that stays, for what is compiled in mode 'sample'.
         mode: 'batch', 'subset' or 'sample', see `make_skippable`; in mode 'sample' timm's DropPath draws, and no gate.
         scale: 'train' or 'eval', see `make_skippable`.
 
@@ -135,6 +99,8 @@ class DepthGates:
         self.seed, self.epoch, self.step = seed, 0, 0
         self.open = [True] * depth
         self.active = False
+        self.over_time: RateOverTime | None = None
+        self.survival_probs = torch.ones(depth, device='cpu')
         self.__setstate__({})
         self.drop_path_rates = drop_path_rates(depth, drop_path_rate, schedule)
 
@@ -147,14 +113,17 @@ class DepthGates:
 
     @drop_path_rates.setter
     def drop_path_rates(self, rates: Sequence[float]) -> None:
+        if self.over_time is not None:
+            raise ValueError(f'the drop path rates change with the epoch, {self.over_time.when}; call '
+                             "set_drop_path_when('standard', epochs) before others are set")
         if len(rates) != len(self.open):
             raise ValueError(f'{len(rates)} drop path rates for {len(self.open)} blocks')
-        self._rates = tuple(_check_rate(f'drop_path_rate of block {block}', rate)
-                            for block, rate in enumerate(rates, start=1))
-        self._pass.draw = None  # what this thread runs next is another pass
+        self._full_rates = tuple(check_rate(f'drop_path_rate of block {block}', rate)
+                                 for block, rate in enumerate(rates, start=1))
         # A network that never had a rate stays a plain one, which torch.compile takes whole. One that had asks its
         # gates even at rate 0: a recomputation may belong to a pass before that.
-        self.active = self.active or any(self._rates)
+        self.active = self.active or any(self._full_rates)
+        self._follow_epoch()
 
     def set_drop_path_rate(self, drop_path_rate: float) -> None:
         """Spreads another rate over the blocks, by the schedule of the first one.
@@ -166,9 +135,47 @@ class DepthGates:
             drop_path_rate: Rate of the last block, 1 - p_L, in [0, 1).
 
         Raises:
-            ValueError: If it doesn't lie there.
+            ValueError: If it doesn't lie there, or the rates change with the epoch.
         """
         self.drop_path_rates = drop_path_rates(len(self.open), drop_path_rate, self.schedule)
+
+    def set_drop_path_when(self, when: str, epochs: int, change: str = 'constant', cutoff: int | None = None) -> None:
+        """Lets the rates change over the training; those that are set now become the full ones. See `RateOverTime`.
+
+        The rates follow from the epoch alone: `set_epoch` sets them, and a resumed training needs no more than that. A
+        change of rates leaves the stored network as it is, with both scales: it evaluates the same before and after.
+
+        Args:
+            when: 'early', 'late', or 'standard', which with the change 'constant' takes an earlier call back.
+            epochs: Of the whole training.
+            change: 'constant' or 'linear'.
+            cutoff: Epoch at which dropping ends ('early') or begins ('late').
+
+        Raises:
+            ValueError: If an argument isn't one of these, or all rates are 0.
+        """
+        over_time = RateOverTime(when, epochs, change, cutoff)
+        over_time.check()
+        is_constant = (when, change) == ('standard', 'constant')
+        if not is_constant and not any(self._full_rates):
+            raise ValueError(f'drop_path_when is {when!r}, but all drop path rates are 0; set a rate first')
+        self.over_time = None if is_constant else over_time
+        self._epoch_is_told = False
+        self._follow_epoch()
+
+    def _follow_epoch(self) -> None:
+        """Sets the rates of this epoch."""
+        share = 1. if self.over_time is None else self.over_time.share(self.epoch)
+        self._rates = tuple(share * rate for rate in self._full_rates)
+        with torch.no_grad():
+            self.survival_probs.copy_(1. - torch.tensor(self._rates, device='cpu'))
+        self._pass.draw = None  # what this thread runs next is another pass
+
+    def check_epoch(self) -> None:
+        """Raises RuntimeError if the rates follow the epoch, and nobody has told it."""
+        if self.over_time is not None and not self._epoch_is_told:
+            raise RuntimeError('the drop path rates change with the epoch, and none was begun; call '
+                               'depth_gates(model).set_epoch(epoch) at the start of each')
 
     @property
     def expected_depth(self) -> float:
@@ -179,14 +186,15 @@ class DepthGates:
 
     def set_epoch(self, epoch: int) -> None:
         """Starts an epoch: the draws that follow are those of its steps 0, 1, ... Passes before can't be recomputed."""
-        self.epoch, self.step = epoch, 0
-        self._pass.draw = None
+        self.epoch, self.step, self._epoch_is_told = epoch, 0, True
+        self._follow_epoch()
         self._remembered.clear()
         self._beginnings.clear()
         self._threads.clear()
 
     def draw(self) -> list[bool]:
         """Draws the gates of the next step: b_l ~ Bernoulli(p_l), True for open."""
+        self.check_epoch()
         # A string seed goes through SHA-512, documented to be stable, so neighbouring steps are independent streams.
         uniform = random.Random(self._key()).random
         self.open = [uniform() >= rate for rate in self.drop_path_rates]
@@ -283,7 +291,7 @@ class DepthGates:
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on drawing, in the middle of an epoch too: seed, epoch, step and rates."""
         return dict(seed=self.seed, epoch=self.epoch, step=self.step, active=self.active,
-                    drop_path_rates=list(self.drop_path_rates))
+                    drop_path_rates=list(self._full_rates), over_time=self.over_time and list(self.over_time))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
@@ -291,9 +299,13 @@ class DepthGates:
         Raises:
             ValueError: If it was taken of a network of another depth.
         """
+        over_time = state.get('over_time', self.over_time)  # an older version's state has none
+        self.over_time = None
         self.drop_path_rates = state['drop_path_rates']
-        self.seed, self.epoch, self.step = state['seed'], state['epoch'], state['step']
+        self.over_time = over_time and RateOverTime(*over_time)
+        self.seed, self.epoch, self.step, self._epoch_is_told = state['seed'], state['epoch'], state['step'], True
         self.active = self.active or state['active']
+        self._follow_epoch()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items()

@@ -1,7 +1,7 @@
 """What `python -m timm_sd` changes in timm before a script runs: the networks that it creates, their seed and epoch.
 
 Scripts import `create_model` by several names. All of them look up a network's entry point in timm.models._factory, so
-that lookup is replaced. `timm.utils.random_seed` is told the seed, and timm's scheduler the epoch.
+that lookup is replaced. `timm.utils.random_seed` is told the seed, and timm's scheduler the epoch and their number.
 """
 import functools
 import os
@@ -48,12 +48,18 @@ class Prefix:
     Args:
         mode: 'batch' or 'subset'.
         schedule: 'linear' or 'uniform'.
-        scale: 'train' or 'eval'. Without any of the three timm's networks stay timm's.
+        scale: 'train' or 'eval'.
+        over_time: `when`, `change` and `cutoff` of `DepthGates.set_drop_path_when`, as far as they are given. Without
+            any of all these timm's networks stay timm's.
     """
 
-    def __init__(self, mode: str | None = None, schedule: str | None = None, scale: str | None = None) -> None:
-        given = dict(mode=mode, schedule=schedule, scale=scale)
-        self.flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    def __init__(self, mode: str | None = None, schedule: str | None = None, scale: str | None = None,
+                 **over_time: Any) -> None:
+        def given(flags: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in flags.items() if value is not None}
+
+        self.flags, self.over_time = given(dict(mode=mode, schedule=schedule, scale=scale)), given(over_time)
+        self.is_on = bool(self.flags or self.over_time)
         self.seed = 0
         self.updates_per_epoch = 0
         self.gates: list[DepthGates] = []
@@ -85,15 +91,15 @@ class Prefix:
 
     def _create(self, name: str, create: Any, drop_path_rate: float | None = None, **kwargs: Any) -> nn.Module:
         rate = {} if drop_path_rate is None else dict(drop_path_rate=drop_path_rate)
-        if self.flags and drop_path_rate and is_scriptable():
+        if self.is_on and drop_path_rate and is_scriptable():
             stop(f'{name}: TorchScript would train the plain network; leave out --torchscript')
         if create.__module__.startswith('timm_sd.'):
             flags = {f'drop_path_{flag}': value for flag, value in self.flags.items()}
             model = create(**{'drop_path_seed': self.seed, **rate, **kwargs, **flags})
-        elif self.flags and drop_path_rate:
+        elif self.is_on and drop_path_rate:
             model = self._add(name, create(**kwargs), drop_path_rate)
         else:
-            if self.flags:
+            if self.is_on:
                 say(f'{name} is created without a drop path rate, and left as it is')
             elif drop_path_rate:
                 say(f"{name} gets timm's DropPath, which computes what it drops; python -m timm_sd --drop-path-mode "
@@ -102,6 +108,8 @@ class Prefix:
         gates: Any = depth_gates(model)
         self._check_seed(gates.seed)
         self.gates.append(gates)
+        if self.over_time and gates.active:  # until a scheduler tells the epochs, a training step is an error
+            self._set_when(gates, epochs=self.over_time.get('cutoff', 0) + 1)
         if gates.active and gates.mode != 'sample':
             say(f'{name}: {describe(model, gates)}')
         return model
@@ -130,6 +138,26 @@ class Prefix:
 
     # --- seed and epoch
 
+    def _set_when(self, gates: DepthGates, epochs: int) -> None:
+        try:
+            gates.set_drop_path_when(**{'when': 'standard', **self.over_time}, epochs=epochs)
+        except ValueError as error:
+            stop(str(error))
+
+    def _follow(self, scheduler: Any, epochs: int) -> None:
+        """Lets the rates of all networks change over a training of so many epochs."""
+        if scheduler is None:
+            stop('the rates of --drop-path-when follow the epochs of a scheduler, and the script has none; give another '
+                 '--sched')
+        scheduled = [gates for gates in self.gates if gates.active]
+        if not scheduled:
+            stop('--drop-path-when: no network has a drop path rate above 0; give --drop-path')
+        for gates in scheduled:
+            self._set_when(gates, epochs)
+            gates.set_epoch(0)  # timm tells the first epoch of a resumed training alone
+        say(f'the drop path rates change over {epochs} epochs: '
+            + ', '.join(f'{name} {value}' for name, value in self.over_time.items()))
+
     def _random_seed(self, random_seed: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(random_seed)
         def wrapped(seed: int = 42, rank: int = 0) -> None:
@@ -142,12 +170,18 @@ class Prefix:
             # DeiT's loop tells the epoch that has just ended: to begin it again would repeat its gates.
             if gates.epoch != epoch or not gates.step:
                 gates.set_epoch(epoch)
+            elif gates.over_time is not None:
+                stop(f"the script tells timm's scheduler epoch {epoch} when it has ended, and the rates of "
+                     '--drop-path-when would lag behind; let it tell the next one')
 
     def _create_scheduler(self, create_scheduler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(create_scheduler)
         def wrapped(*args: Any, updates_per_epoch: int = 0, **kwargs: Any) -> Any:
             self.updates_per_epoch = updates_per_epoch
-            return create_scheduler(*args, updates_per_epoch=updates_per_epoch, **kwargs)
+            scheduler, epochs = create_scheduler(*args, updates_per_epoch=updates_per_epoch, **kwargs)
+            if self.over_time:
+                self._follow(scheduler, epochs)
+            return scheduler, epochs
         return wrapped
 
     def _step(self, step: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .functional import scale_gradients
+from .functional import scale_gradients, scaled
 from .shallow_copy import shallow_copy
 
 
@@ -22,21 +22,21 @@ def scaled_block(block: Any, slots: dict[str, Any], factor: float | torch.Tensor
     Args:
         block: The block.
         slots: Those of its `drop_path_slots` that drop.
-        factor: 0 for a branch that doesn't count. A tensor where the block's slots scale its branch.
+        factor: 0 for a branch that doesn't count. As a tensor (), what is recorded or compiled follows its value.
         gradient_factor: p_l ** 2, of the gradients of its last affine layer with scale 'eval'. None leaves them alone.
     """
-    scaled = shallow_copy(block, '_modules')
+    copy = shallow_copy(block, '_modules')
     for name, slot in slots.items():
-        scaled._modules[name] = shallow_copy(slot)
-        scaled._modules[name].__dict__['factor'] = 1. if block.branch_ends else factor
+        copy._modules[name] = shallow_copy(slot)
+        copy._modules[name].__dict__['factor'] = 1. if block.branch_ends else factor
     if gradient_factor is not None and next(iter(slots.values())).gates.scale == 'eval':
         for end, path, names, others in block.last_affine:
             if end in slots or block.branch_ends:
-                _scale_gradients(scaled, path, names, others, gradient_factor)
-    if block.branch_ends and factor != 1.:
+                _scale_gradients(copy, path, names, others, gradient_factor)
+    if block.branch_ends and (isinstance(factor, torch.Tensor) or factor != 1.):
         for name in block.branch_ends:
-            scaled._modules[name] = _ScaledOutput(scaled._modules[name], factor)
-    return scaled
+            copy._modules[name] = _ScaledOutput(copy._modules[name], factor)
+    return copy
 
 
 class _ScaledOutput(nn.Module):
@@ -54,7 +54,7 @@ class _ScaledOutput(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.module(*args, **kwargs)
-        y = features(output) * self.factor
+        y = scaled(features(output), self.factor)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from .functional import add_scaled, closed_block, on_channels_last
+from .functional import add_scaled, as_tensor, closed_block, on_channels_last, scaled
 from .gates import DepthGates
 from .scaled_block import features, parameters_of, scaled_block
 from .shallow_copy import has_hooks
@@ -80,13 +80,22 @@ class DropPathSlot(DropPath):
             return x
         else:
             if self.factor is not None:
-                return x if self.factor == 1. else x * self.factor
+                return scaled(x, self.factor)
             if self.gates.mode == 'sample':
+                if self.training and self.gates.over_time is not None:
+                    self.gates.check_epoch()
+                    if torch.compiler.is_compiling():
+                        return self._drop_samples(x, self.gates.survival_probs[self.index].to(x))
                 return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
             if self.training and self.gates.active and not _is_traced(x):
                 raise RuntimeError(f'the drop path of block {self.index + 1} knows its gate in the forward of the '
                                    "block's class alone; for another forward, put timm's DropPath there")
             return x
+
+    def _drop_samples(self, x: torch.Tensor, survival_prob: torch.Tensor) -> torch.Tensor:
+        """timm's drop_path of x (B, ...), with a tensor (), which needs no new build where its value changes."""
+        mask = (torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < survival_prob).to(x.dtype)
+        return x * (mask / survival_prob if self.scale_by_keep else mask)
 
     def extra_repr(self) -> str:
         return f'block={self.index + 1}, drop_prob={self.drop_prob:.3f}, mode={self.gates.mode}'
@@ -120,6 +129,7 @@ class SkippableBlock(nn.Module):
         chained: Whether its output goes to nothing but the next block that can be skipped.
         returns_tuple: Whether its features come first in a tuple.
         passes_on: What is behind them there: the places of arguments behind the input, from 0, or -1 for None.
+        is_compiled: Whether a part of it is.
         compiled_forward: The forward of its class, compiled, or None.
     """
     plain_class: type[nn.Module]
@@ -132,10 +142,12 @@ class SkippableBlock(nn.Module):
     chained: bool
     returns_tuple: bool
     passes_on: list[int]
+    is_compiled: bool
     compiled_forward: Any
 
     def compile(self, **options: Any) -> None:
         """Compiles what the gate lets run; nn.Module's own would compile the gate too, anew for each pattern."""
+        self.is_compiled = True
         if self.plain_class.compile is nn.Module.compile:
             self.compiled_forward = torch.compile(self.plain_class.forward, **options)
         else:
@@ -230,18 +242,25 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
     slot, all_slots = next(iter(slots.values())), len(slots) == len(block.drop_path_slots)
     draw = slot.gates.ask(slot.index)
     survival_prob = 1. - draw.rates[slot.index]
+    is_compiled = block.is_compiled or torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
     if slot.gates.mode == 'subset':
         if not all_slots:
             raise RuntimeError(f"block {slot.index + 1} has another module in one of its drop_path slots, which mode "
                                "'subset' can't run on all samples; replace them all, or none")
         kept = _subset(f'{draw.key}/{slot.index}', x, survival_prob)
+        factor = len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.
+        branch = scaled_block(block, slots, as_tensor(factor, x.device) if is_compiled else factor)
+        if len(kept) == len(x):
+            return _run(branch, x, *args, **kwargs)
         shortcut = block.run_shortcut(x)
-        scaled = scaled_block(block, slots, len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.)
-        y = features(_run(scaled, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
+        y = features(_run(branch, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
         return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)), args)
     if draw.open[slot.index]:
-        scales = slot.scale_by_keep and survival_prob < 1.
-        factors = (1. / survival_prob, survival_prob ** 2) if scales else (1., None)
+        factors: Any = 1., None
+        if slot.scale_by_keep and (survival_prob < 1. or is_compiled):
+            factors = 1. / survival_prob, survival_prob ** 2
+        if is_compiled:  # a number would be a part of the graph, and a new rate a new build
+            factors = as_tensor(factors[0], x.device), factors[1]
         return _run(scaled_block(block, slots, *factors), x, *args, **kwargs)
     if not all_slots:  # the branch of the other module runs
         return _run(scaled_block(block, slots, 0.), x, *args, **kwargs)

@@ -99,7 +99,7 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
         skippable.passes_on = list(residual.passes_on)
         for name in ('relu_behind', 'chained', 'nonnegative', 'returns_tuple'):
             setattr(skippable, name, getattr(residual, name))
-        skippable.compiled_forward = None
+        skippable.is_compiled, skippable.compiled_forward = False, None
         skippable.__class__ = skippable_class(plain_class)
         if gates.scale == 'eval' and initialize:
             with torch.no_grad():
@@ -140,8 +140,11 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     if not blocks:
         raise ValueError('no block has a gate, so there is nothing to compile around; compile the whole model')
     # Each shape of branch is built at the full and the last batch's size, in evaluation, and once more where it is
-    # recomputed; of timm's own blocks each one, whose p_l is a number in its graph.
+    # recomputed.
     for limit in ('recompile_limit', 'accumulated_recompile_limit'):
         setattr(torch._dynamo.config, limit, max(8 * len(blocks), getattr(torch._dynamo.config, limit)))
+    # In mode 'subset' another rate is another size of the batch.
+    takes_subsets = any(isinstance(slot, DropPathSlot) and slot.gates.mode == 'subset' for slot in model.modules())
+    options = dict(dict(dynamic=None if takes_subsets else False), **options)
     for block in blocks:
-        block.compile(**dict(dict(dynamic=False), **options))
+        block.compile(**options)

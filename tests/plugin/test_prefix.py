@@ -231,6 +231,56 @@ def test_a_loop_that_tells_the_epoch_that_has_ended_has_no_gates_twice(prefix):
     assert len(set(keys)) == 12
 
 
+# --- rates over time
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'sd_resnet20_cifar'])
+def test_rates_follow_the_epoch_that_timms_scheduler_is_told(prefix, capsys, name):
+    prefix(None, when='early', change='linear', cutoff=4)
+    model = timm.create_model(name, drop_path_rate=0.4)
+    gates = timm_sd.depth_gates(model)
+    with pytest.raises(RuntimeError, match='none was begun'):  # where no scheduler is made
+        gates.draw()
+    scheduler, epochs = timm.scheduler.create_scheduler_v2(sgd(model), 'cosine', 7, cooldown_epochs=1)
+    assert 'change over 8 epochs: when early, change linear, cutoff 4' in capsys.readouterr().err
+    rates = []
+    for epoch in range(epochs):
+        rates.append(gates.drop_path_rates[-1])
+        gates.draw()
+        scheduler.step(epoch + 1)
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0])
+    resumed = timm_sd.depth_gates(timm.create_model(name, drop_path_rate=0.4))
+    timm.scheduler.create_scheduler_v2(sgd(model), 'cosine', 7)[0].step(3)
+    assert resumed.drop_path_rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(('flags', 'rate', 'sched', 'words'), [
+    (dict(when='early'), 0.4, 'cosine', 'drop_path_cutoff is None'),
+    (dict(when='late', cutoff=9), 0.4, 'cosine', 'drop_path_cutoff is 9, and the training ends after 7 epochs'),
+    (dict(when='late', cutoff=3), 0., 'cosine', '--drop-path-when: no network has a drop path rate above 0'),
+    (dict(when='late', cutoff=3), 0.4, 'none', 'the script has none'),
+    (dict(cutoff=3), 0.4, 'cosine', "drop_path_when 'standard' has none"),
+])
+def test_a_schedule_that_can_not_be_is_one_line(prefix, capsys, flags, rate, sched, words):
+    prefix(**flags)
+    with pytest.raises(SystemExit) as stop:
+        timm.scheduler.create_scheduler_v2(sgd(small(drop_path_rate=rate)), sched, 7)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith('timm_sd: error: ')
+    assert words in line
+
+
+def test_rates_would_lag_in_a_loop_that_tells_the_epoch_that_has_ended(prefix, capsys):
+    prefix(when='early', cutoff=3)
+    model = small(drop_path_rate=0.3)
+    scheduler, _ = timm.scheduler.create_scheduler_v2(sgd(model), 'cosine', 9)
+    timm_sd.depth_gates(model).draw()
+    with pytest.raises(SystemExit):
+        scheduler.step(0)
+    assert 'would lag behind' in capsys.readouterr().err
+
+
 TWO_SEEDS = """
 import datetime, sys, torch, timm, timm.utils
 rank, store = int(sys.argv[1]), sys.argv[2]

@@ -48,8 +48,8 @@ class Runs:
                 for index in range(images):
                     Image.fromarray(noise[index]).save(place / f'{index}.png')
 
-    def train(self, name, *flags, epochs=1, model='resnet18', python=(sys.executable,), prefix=('batch',)):
-        command = [*python, '-m', 'timm_sd', *[part for mode in prefix for part in ('--drop-path-mode', mode)],
+    def train(self, name, *flags, epochs=1, model='resnet18', python=(sys.executable,), prefix=('--drop-path-mode', 'batch')):
+        command = [*python, '-m', 'timm_sd', *prefix,
                    self.recorder, self.folder / name, TIMM / 'train.py', '--data-dir', self.folder / 'images', *FLAGS,
                    '--model', model, '--drop-path', '0.5', '--opt', 'sgd', '--lr', '0.01', '--warmup-epochs', '0',
                    '--epochs', epochs, '--output', self.folder / 'output', '--experiment', name, *flags]
@@ -122,6 +122,19 @@ def test_without_the_flag_no_gate_is_drawn_but_advice_is_given(runs):
     stderr = runs.train('plain', prefix=())
     assert "timm_sd: resnet18 gets timm's DropPath" in stderr
     assert not (runs.folder / 'plain0').exists()
+
+
+def test_rates_change_over_the_epochs(runs):
+    early = '--drop-path-when', 'early', '--drop-path-cutoff', '2'
+    stderr = runs.train('early', prefix=early, epochs=4)
+    assert 'timm_sd: the drop path rates change over 4 epochs: when early, cutoff 2' in stderr
+    gates = runs.gates('early')
+    closed = {key: not all(is_open) for key, is_open in gates.items()}
+    assert any(closed.values())
+    assert not any(is_closed for key, is_closed in closed.items() if key.startswith(('42/2/', '42/3/')))
+    checkpoint = runs.folder / 'output' / 'early' / 'checkpoint-0.pth.tar'
+    runs.train('early_again', '--resume', checkpoint, prefix=early, epochs=4)
+    assert runs.gates('early_again') == {key: is_open for key, is_open in gates.items() if not key.startswith('42/0/')}
 
 
 def test_our_networks_follow_the_epoch_too(runs):
