@@ -24,7 +24,14 @@ from harness.launch import LaunchSettings, describe_processes, join_processes
 from harness.launcher import settle_precision
 from harness.loss import make_loss
 from harness.machine import code_digest, precision, versions
-from harness.network import build_network, check_initial_classes, digest_of, first_branch_weight, registered_name
+from harness.network import (
+    build_network,
+    check_initial_classes,
+    digest_of,
+    first_branch_weight,
+    registered_name,
+    set_drop_path_when,
+)
 from harness.optimizer import build_optimizer, make_clip
 from harness.ranks import check_same, from_main_process
 from harness.recipes import TrainFlags, effective, group_flags, parse_train_flags
@@ -65,6 +72,7 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
     mix = make_mix(flags.augmentation, batches['train'], len(data.class_names), flags.loss.smoothing)
     loss, clip = make_loss(flags.loss), make_clip(flags.optimizer)
     optimizer, scheduler, epochs = build_optimizer(flags.optimizer, model, len(batches['train']))
+    set_drop_path_when(model, flags.depth, epochs)
     watched = first_branch_weight(model) if flags.training.log_gradients else None
     size = flags.images.img_size or model.pretrained_cfg['input_size'][-1]
     folder = open_run_folder(flags.folder, flags.record, accelerator, f'{flags.network.model}-{size}', effective)
@@ -82,7 +90,8 @@ def header(trainer: Trainer, flags: TrainFlags) -> str:
     elif gates is None or gates.mode == 'sample':
         depth = f"p_L {1 - rate:g}, timm's DropPath"
     else:
-        depth = f'p_L {1 - rate:g}, expected depth {gates.expected_depth:.1f} of {len(gates.open)} blocks'
+        over_time = '' if gates.over_time is None else f', {gates.over_time.describe()}'
+        depth = f'p_L {1 - rate:g}{over_time}, expected depth {gates.mean_depth:.1f} of {len(gates.open)} blocks'
     names = trainer.data.class_names
     sizes = '/'.join(str(batches.images or '?') for batches in trainer.batches.values())
     return (f'{trainer.accelerator.device} ({torch.get_num_threads()} threads), '

@@ -182,6 +182,12 @@ class DepthGates:
         """Expected number of open blocks, the sum of p_l: (3L - 1) / 4 for the linear schedule at p_L = 0.5."""
         return sum(1. - rate for rate in self.drop_path_rates)
 
+    @property
+    def mean_depth(self) -> float:
+        """Expected number of open blocks on the average of all epochs; `expected_depth` where rates don't change."""
+        share = 1. if self.over_time is None else self.over_time.mean_share
+        return sum(1. - share * rate for rate in self._full_rates)
+
     # --- draws
 
     def set_epoch(self, epoch: int) -> None:

@@ -155,8 +155,8 @@ class Prefix:
         for gates in scheduled:
             self._set_when(gates, epochs)
             gates.set_epoch(0)  # timm tells the first epoch of a resumed training alone
-        say(f'the drop path rates change over {epochs} epochs: '
-            + ', '.join(f'{name} {value}' for name, value in self.over_time.items()))
+        if scheduled[0].over_time is not None:
+            say(f'drop path rates over {epochs} epochs: {scheduled[0].over_time.describe()}')
 
     def _random_seed(self, random_seed: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(random_seed)

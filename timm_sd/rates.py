@@ -93,3 +93,13 @@ class RateOverTime(NamedTuple):
         if epoch < cutoff:
             return 0.
         return 1. if self.change == 'constant' else min(1., (epoch + 1 - cutoff) / (self.epochs - cutoff))
+
+    @property
+    def mean_share(self) -> float:
+        """The mean of `share` over the epochs."""
+        return sum(map(self.share, range(self.epochs))) / self.epochs
+
+    def describe(self) -> str:
+        """In words, such as 'early to epoch 5, linear'."""
+        place = {'early': f' to epoch {self.cutoff}', 'late': f' from epoch {self.cutoff}'}.get(self.when, '')
+        return f'{self.when}{place}, {self.change}'

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import timm_sd  # noqa: F401  (registers the models)
 from harness.network import size_kwargs
 from harness.paths import CARDS
+from timm_sd.rates import RateOverTime
 
 # The data set of each tag of the registry.
 DATASETS = dict(c10='uoft-cs/cifar10', c100='uoft-cs/cifar100', svhn='ufldl-stanford/svhn')
@@ -68,6 +69,15 @@ def method_of(results: dict[str, Any]) -> tuple[str, str, str]:
     args = results['args']
     return args.get('drop_path_mode') or 'batch', args['drop_path_schedule'] or 'linear', \
         args['drop_path_scale'] or 'train'
+
+
+def over_time_of(results: dict[str, Any]) -> str:
+    """How the rates of a run changed over its epochs, in words; nothing where they didn't."""
+    flags = [results['args'].get(f'drop_path_{key}') for key in ('when', 'change', 'cutoff')]
+    if flags in ([None] * 3, ['standard', 'constant', None]):  # older runs have no such flags
+        return ''
+    when, change, cutoff = flags
+    return RateOverTime(when, results['epochs'], change, cutoff).describe()
 
 
 def method_kwargs(results: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +140,6 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
         r=_texts(results), recipe=as_code(results['recipe']), dataset=as_text(dataset), hub_dataset=hub_dataset,
         classes=classes, size=size, repo=repo,
         **dict(comparison._asdict(), changed={key: as_text(value) for key, value in comparison.changed.items()}),
-        is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
+        over_time=over_time_of(results), is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, channels_of(results), size, size))),
         width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

@@ -14,7 +14,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 import timm_sd
-from harness.cli import KEY_VALUES, drop_rate, flag
+from harness.cli import KEY_VALUES, drop_rate, flag, positive_int
 from harness.errors import UserError, nearest, user_errors
 from harness.run_folder import read_metadata
 from timm_sd.download import WEIGHTS_FILE, download
@@ -56,6 +56,12 @@ class DepthSettings:
     drop_path_mode: str | None = flag(None, "what one gate drops (default: the model's)", choices=timm_sd.MODES)
     drop_path_scale: str | None = flag(None, "of the branch: eval is the paper's, train is timm's (default: the "
                                        "model's)", choices=timm_sd.SCALES)
+    drop_path_when: str = flag('standard', 'epochs in which blocks drop: all, or those before --drop-path-cutoff '
+                               '(early), or from there on (late)', choices=timm_sd.WHEN)
+    drop_path_change: str = flag('constant', 'how the rate changes in them: not, or in a straight line down to 0 at '
+                                 'the cutoff (early), up to --drop-path in the last epoch (late, standard)',
+                                 choices=timm_sd.CHANGES)
+    drop_path_cutoff: int | None = flag(None, 'of --drop-path-when early and late', type=positive_int, metavar='EPOCHS')
     initial_checkpoint: str | None = flag(None, 'file of weights to start from, such as model.safetensors of a run')
     drop: float | None = flag(None, 'dropout in front of the classifier', type=drop_rate)
     sync_bn: bool = flag(False, 'batch norm over all processes, on GPUs')
@@ -228,6 +234,23 @@ def build_network(network: NetworkSettings, depth: DepthSettings, num_classes: i
         elif depth.compile == 'blocks':
             timm_sd.compile_blocks(model, mode=depth.torchcompile_mode)
     return model
+
+
+def set_drop_path_when(model: nn.Module, depth: DepthSettings, epochs: int) -> None:
+    """Lets the rates of a network change over a training of so many epochs, where the flags say so.
+
+    Raises:
+        UserError: If it has no gates, or the flags don't go together.
+    """
+    over_time = depth.drop_path_when, depth.drop_path_change, depth.drop_path_cutoff
+    if over_time == ('standard', 'constant', None):
+        return
+    gates = timm_sd.depth_gates(model)
+    if gates is None or not gates.active:
+        raise UserError(f'--drop-path-when {depth.drop_path_when} --drop-path-change {depth.drop_path_change}: no block '
+                        'of the network is dropped; give a --drop-path above 0')
+    with user_errors('--drop-path-when'):
+        gates.set_drop_path_when(depth.drop_path_when, epochs, depth.drop_path_change, depth.drop_path_cutoff)
 
 
 def first_branch_weight(model: nn.Module) -> nn.Parameter:

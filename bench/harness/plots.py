@@ -26,21 +26,30 @@ def save_figure(figure: Figure, panels: Iterable[Axes], path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def save_gates(rates: Sequence[float], path: Path) -> None:
-    """Draws the survival probability of each block, p_l, as the paper's Fig. 2.
+def save_gates(rates: Sequence[float], path: Path, by_epoch: Sequence[float] = ()) -> None:
+    """Draws the survival probability of each block, p_l, as the paper's Fig. 2, and how it changed, if it did.
 
     Args:
-        rates: 1 - p_l of each block.
+        rates: 1 - p_l of each block, in full.
         path: The PNG to write.
+        by_epoch: 1 - p_L in each epoch.
     """
-    figure, axes = plt.subplots(figsize=(8, 2.4), layout='constrained')
+    changes, full, share = len(set(by_epoch)) > 1, max(rates), 1.
+    figure = plt.figure(figsize=(12 if changes else 8, 2.4), layout='constrained')
+    panels: Any = figure.subplots(1, 2 if changes else 1, squeeze=False, width_ratios=(2, 1) if changes else None)[0]
+    axes = panels[0]
+    if changes:
+        share = sum(by_epoch) / len(by_epoch) / full
+        panels[1].step(range(1, len(by_epoch) + 1), by_epoch, where='mid', color='black')
+        panels[1].set(xlabel='epoch', ylabel='1 - p_L', ylim=(0, 1.05 * full))
     blocks = range(1, len(rates) + 1)
     axes.bar(blocks, [1 - rate for rate in rates], width=0.8, color='tab:orange', label='survives: p_l')
     axes.bar(blocks, rates, bottom=[1 - rate for rate in rates], width=0.8, color='0.85', label='dropped')
     axes.set(xlabel='block', ylabel='probability', ylim=(0, 1), xlim=(0.4, len(rates) + 0.6))
     axes.legend(loc='center left', bbox_to_anchor=(1., 0.5), frameon=False)
-    axes.set_title(f'{sum(1 - rate for rate in rates):.1f} of {len(rates)} blocks run in expectation', fontsize=10)
-    save_figure(figure, [axes], path)
+    mean = 'on the average of all epochs' if changes else 'in expectation'
+    axes.set_title(f'{sum(1 - share * rate for rate in rates):.1f} of {len(rates)} blocks run {mean}', fontsize=10)
+    save_figure(figure, panels, path)
 
 
 def save_curves(rows: list[dict[str, float]], results: dict[str, Any], path: Path) -> None:

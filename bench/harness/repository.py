@@ -89,7 +89,8 @@ def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Com
     _, rows = RunFolder(folder).read_run() or ({}, [])  # of this run, as the copy stands there
     save_curves(rows, results, folder / 'curves.png')
     _, schedule, _ = method_of(results)
-    save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png')
+    save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png',
+               [row['drop_path_rate'] for row in rows if 'drop_path_rate' in row])
     write_atomic(folder / 'README.md', make_card(results, comparison, repo).encode())
 
 

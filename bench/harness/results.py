@@ -62,7 +62,7 @@ def method(gates: timm_sd.DepthGates | None) -> dict[str, Any]:
     if gates is None or not gates.active:
         return dict(expected_depth=None, blocks=None)
     drawn = gates.mode != 'sample'
-    return dict(expected_depth=gates.expected_depth if drawn else None, blocks=len(gates.open) if drawn else None,
+    return dict(expected_depth=gates.mean_depth if drawn else None, blocks=len(gates.open) if drawn else None,
                 drop_path_mode=gates.mode, drop_path_schedule=gates.schedule, drop_path_scale=gates.scale)
 
 

@@ -184,6 +184,9 @@ class Trainer:
         progress = Progress(**{key: checkpoint[key] for key in vars(self.progress) if key in checkpoint})
         if not len(progress.rows) == len(progress.hardware) == progress.epoch:
             raise ValueError(f'it has {len(progress.rows)} rows of {progress.epoch} epochs')
+        if self.gates is not None:
+            for row in progress.rows:  # an older version has no such column: its rate was always the same
+                row.setdefault('drop_path_rate', self.gates.drop_path_rates[-1])
         self.model.load_state_dict(checkpoint['network'])
         if self.settings.model_ema:
             self.ema.module.load_state_dict(checkpoint['network_ema'])
@@ -214,6 +217,8 @@ class Trainer:
         val = self.validate()
         self.scheduler.step(epoch + 1)
         row = dict(epoch=epoch, train_loss=train_loss, **val, lr=sum(rates) / len(rates), train_seconds=seconds)
+        if self.gates is not None:
+            row['drop_path_rate'] = self.gates.drop_path_rates[-1]
         if self.gradients:
             gradients = torch.stack(self.gradients)
             row['grad_magnitude'] = gradients[gradients.isfinite()].mean().item()  # float16's scaler skips the others

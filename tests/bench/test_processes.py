@@ -46,7 +46,8 @@ def evaluation_in_batches_of_their_own_size():
 MIXED = ['--model', 'convnext_atto', '--model-kwargs', 'depths=[1,2,1,1]', 'dims=[8,16,16,16]', '--img-size', '32',
          '--epochs', '2', '--warmup-epochs', '0', '--no-amp', '--threads', '1', '--drop-path', '0.3', '--opt', 'adamw',
          '--lr', '1e-3', '--mixup', '0.8', '--cutmix', '1', '--reprob', '0.5', '--vflip', '0.5', '--smoothing', '0.1',
-         '--bce-loss', '--clip-grad', '0.5', '--layer-decay', '0.8', '--model-ema', '--model-ema-decay', '0.9']
+         '--bce-loss', '--clip-grad', '0.5', '--layer-decay', '0.8', '--model-ema', '--model-ema-decay', '0.9',
+         '--drop-path-when', 'early', '--drop-path-cutoff', '1']
 
 
 def mixed_training():

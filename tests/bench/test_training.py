@@ -33,7 +33,8 @@ def test_run_folder_is_complete(finished):
         'args.yaml', 'summary.csv', 'results.json', 'model.safetensors', 'curves.png', 'samples.png', 'mistakes.png',
         'checkpoints'}
     rows, results = read_csv(folder / 'summary.csv'), read_results(folder)
-    assert list(rows[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'train_seconds']
+    assert list(rows[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr', 'train_seconds',
+                             'drop_path_rate']
     assert results['test_best'].keys() == results['test_last'].keys() == {'loss', 'top1_err', 'top5_err'}
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
     assert json.loads(result.stdout) == dict(run_folder=str(folder), **results)

@@ -242,7 +242,7 @@ def test_rates_follow_the_epoch_that_timms_scheduler_is_told(prefix, capsys, nam
     with pytest.raises(RuntimeError, match='none was begun'):  # where no scheduler is made
         gates.draw()
     scheduler, epochs = timm.scheduler.create_scheduler_v2(sgd(model), 'cosine', 7, cooldown_epochs=1)
-    assert 'change over 8 epochs: when early, change linear, cutoff 4' in capsys.readouterr().err
+    assert 'timm_sd: drop path rates over 8 epochs: early to epoch 4, linear' in capsys.readouterr().err
     rates = []
     for epoch in range(epochs):
         rates.append(gates.drop_path_rates[-1])
