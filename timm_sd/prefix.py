@@ -19,13 +19,10 @@ import torch
 from timm.layers import is_scriptable
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from .block_probe import training_mode
+from .compute import computed_share
 from .convert import add_stochastic_depth
 from .gates import DepthGates
-from .probe import example_arguments
 from .skippable import SkippableBlock
 from .stochastic_depth import depth_gates
 
@@ -199,38 +196,6 @@ class Prefix:
                 self._set_epoch(num_updates // self.updates_per_epoch)
             step_update(scheduler, num_updates, *args, **kwargs)
         return wrapped
-
-
-def branch_shares(model: nn.Module) -> list[float]:
-    """The share of a network's multiplications that the branch of each of its blocks has, in the order of the gates.
-
-    Args:
-        model: A network of timm with stochastic depth.
-    """
-    args, kwargs = example_arguments(model)
-    names = {module: f'{type(model).__name__}.{name}' for name, module in model.named_modules()}
-    # With gradients, for the counter asks tensors for theirs; attention written out, for it knows no kernel of a CPU's.
-    with training_mode(model, False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), \
-            FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    flops = {name: sum(counts.values()) for name, counts in counter.flop_counts.items()}
-    shares = {}
-    for block in model.modules():
-        if isinstance(block, SkippableBlock):
-            slot: Any = getattr(block, block.drop_path_slots[0])
-            shortcut = sum(flops.get(names[getattr(block, name)], 0) for name in block.shortcut_path)
-            shares[slot.index] = (flops.get(names[block], 0) - shortcut) / flops['Global']
-    return [shares[index] for index in sorted(shares)]
-
-
-def computed_share(model: nn.Module, gates: DepthGates) -> float:
-    """The share of a network's multiplications that a training step is expected to run.
-
-    Args:
-        model: A network of timm with stochastic depth.
-        gates: Its gates.
-    """
-    return 1. - sum(rate * share for rate, share in zip(gates.drop_path_rates, branch_shares(model), strict=True))
 
 
 def describe(model: nn.Module, gates: DepthGates) -> str:

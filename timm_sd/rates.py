@@ -77,7 +77,7 @@ class RateOverTime(NamedTuple):
             raise ValueError(f"drop_path_cutoff is {self.cutoff}, but drop_path_when 'standard' has none; choose "
                              "'early' or 'late', or leave it out")
         if self.when != 'standard' and (self.cutoff is None or self.cutoff < 1):
-            raise ValueError(f"drop_path_cutoff is {self.cutoff}; drop_path_when {self.when!r} needs the epoch, 1 or "
+            raise ValueError(f'drop_path_cutoff is {self.cutoff}; drop_path_when {self.when!r} needs the epoch, 1 or '
                              f'more, at which dropping {"ends" if self.when == "early" else "begins"}')
         if self.cutoff is not None and self.cutoff >= self.epochs:
             raise ValueError(f'drop_path_cutoff is {self.cutoff}, and the training ends after {self.epochs} epochs; '

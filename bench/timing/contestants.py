@@ -29,7 +29,7 @@ from harness.data.in_memory import ImageSet, MemoryBatches
 from harness.engine import default_amp, train_epoch
 from harness.errors import UserError
 from harness.graphs import make_step
-from timm_sd.prefix import branch_shares
+from timm_sd.compute import shares_of_gated
 from timm_sd.probe import residual_blocks
 
 # Ways of dropping: none, this project's modes, and torchvision's StochasticDepth.
@@ -222,7 +222,7 @@ def time_in_turns(model: str, variants: list[Variant], settings: StepSettings) -
                  for kind in recorded for stage in STAGES if has_stages(model)}
     looping = [next(variant for variant in variants if variant.mode == 'batch' and variant.cuda_graphs == kind)
                for kind in recorded if any(variant.mode == 'batch' for variant in variants)]
-    shares = branch_shares(contestants[looping[0]].model) if looping and not shortened else []
+    shares = shares_of_gated(contestants[looping[0]].model) if looping and not shortened else []
     timed = [*((contestant, contestant.bare) for contestant in (*contestants.values(), *shortened.values())),
              *((contestants[variant], contestants[variant].loop) for variant in looping)]
     found: dict[Any, list[tuple[float, float]]] = {key: [] for key in (

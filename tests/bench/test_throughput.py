@@ -24,7 +24,7 @@ from timing.end_to_end import EndToEndSettings, Training, commands, write_subset
 from timing.prefix import run_training
 from timing.rows import measure, saving, spread
 from timing.verify import describe, is_right, verify
-from timm_sd.prefix import branch_shares
+from timm_sd.compute import shares_of_gated
 
 SHORT = ['--model', 'sd_resnet20_cifar', '-b', '2', '--steps', '2', '--rounds', '2']
 DROPPED = Variant('batch', 0.5)
@@ -97,7 +97,7 @@ def test_any_timm_model(tmp_path):
         ('constant', False), ('batch', False), ('subset', False), ('sample', False), ('batch', True)]
     assert {row['schedule'] for row in rows[1:]} == {'uniform'}
     # blocks of one size, weighed by their multiplications; the rest are a patch embedding and a head
-    shares = branch_shares(build('test_vit', DROPPED))
+    shares = shares_of_gated(build('test_vit', DROPPED))
     assert shares[0] == pytest.approx(shares[-1])
     assert 0.8 < sum(shares) < 1.
     assert rows[1]['limit'] == pytest.approx(1 - (1 - rows[1]['blocks_open']) * sum(shares), abs=1e-3)

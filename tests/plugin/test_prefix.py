@@ -16,7 +16,8 @@ from timm.scheduler.scheduler import Scheduler
 
 import timm_sd
 import timm_sd.prefix
-from timm_sd.prefix import Prefix, computed_share
+from timm_sd.compute import computed_share
+from timm_sd.prefix import Prefix
 
 PATCHED = [(timm.models._factory, 'model_entrypoint'), (timm.utils, 'random_seed'), (timm.utils.random, 'random_seed'),
            (timm.scheduler, 'create_scheduler_v2'), (timm.scheduler.scheduler_factory, 'create_scheduler_v2'),
