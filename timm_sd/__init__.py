@@ -14,5 +14,6 @@ from .stochastic_depth import compile_blocks, depth_gates  # noqa: E402
 __version__ = '0.1.0'
 __all__ = [
     'CHANGES', 'MODES', 'SCALES', 'SCHEDULES', 'WHEN', 'DepthGates', 'add_stochastic_depth', 'compile_blocks',
-    'depth_gates', 'drop_path_rates', 'remove_stochastic_depth',
+    'depth_gates', 'drop_path_rates', 'rank_blocks', 'remove_blocks', 'remove_stochastic_depth', 'removed_blocks',
+    'shorten',
 ]

@@ -130,7 +130,7 @@ def scaled(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     return x if factor == 1. else x * factor
 
 
-@lru_cache(maxsize=4096)  # a value comes again in each step, and a copy to a GPU each time would cost as much as it saves
+@lru_cache(maxsize=4096)  # a value comes again in each step, and a copy to a GPU would cost as much as it saves
 def as_tensor(value: float, device: torch.device) -> torch.Tensor:
     """A number as a tensor (), float32; torch.compile would build a graph for each value of a number."""
     # not one of torch.inference_mode, nor one that a selective checkpoint or a vmap knows: it is used again elsewhere

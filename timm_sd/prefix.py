@@ -144,8 +144,8 @@ class Prefix:
     def _follow(self, scheduler: Any, epochs: int) -> None:
         """Lets the rates of all networks change over a training of so many epochs."""
         if scheduler is None:
-            stop('the rates of --drop-path-when follow the epochs of a scheduler, and the script has none; give another '
-                 '--sched')
+            stop('the rates of --drop-path-when follow the epochs of a scheduler, and the script has none; give '
+                 'another --sched')
         scheduled = [gates for gates in self.gates if gates.active]
         if not scheduled:
             stop('--drop-path-when: no network has a drop path rate above 0; give --drop-path')

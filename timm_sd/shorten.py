@@ -45,24 +45,26 @@ class Shortcut(nn.Module):
         super().__init__()
         for name in path:
             self.add_module(name, getattr(block, name))
-        self.relu, self.passes_on = relu, None if passes_on is None else list(passes_on)
+        # private, for a block may have a module of any name
+        self._relu, self._passes_on = relu, None if passes_on is None else list(passes_on)
         self.train(block.training)
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that made it, but the block and what is as by default; for config.json."""
-        path, tuple_ = list(self._modules), self.passes_on
-        return {**(dict(path=path) if path else {}), **(dict(relu=True) if self.relu else {}),
-                **({} if tuple_ is None else dict(passes_on=tuple_))}
+        path, passes_on = list(self._modules), self._passes_on
+        return {**(dict(path=path) if path else {}), **(dict(relu=True) if self._relu else {}),
+                **({} if passes_on is None else dict(passes_on=passes_on))}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The features `x` (B, ...) through the shortcut; the other arguments of the block go nowhere else."""
         y = x
-        for module in self.children():
+        for name in self._modules:
+            module = getattr(self, name)
             y = module(y.clone() if getattr(module, 'inplace', False) else y)
-        if self.relu:
+        if self._relu:
             y = F.relu(y)
-        return y if self.passes_on is None else (y, *(None if place < 0 else args[place] for place in self.passes_on))
+        return y if self._passes_on is None else (y, *(None if place < 0 else args[place] for place in self._passes_on))
 
 
 def _config(residual: Residual) -> dict[str, Any]:

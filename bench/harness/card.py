@@ -140,6 +140,7 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
         r=_texts(results), recipe=as_code(results['recipe']), dataset=as_text(dataset), hub_dataset=hub_dataset,
         classes=classes, size=size, repo=repo,
         **dict(comparison._asdict(), changed={key: as_text(value) for key, value in comparison.changed.items()}),
-        over_time=over_time_of(results), is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
+        over_time=over_time_of(results), is_timms=not architecture(name).startswith('sd_'),
+        method=method_kwargs(results),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, channels_of(results), size, size))),
         width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

@@ -247,8 +247,8 @@ def set_drop_path_when(model: nn.Module, depth: DepthSettings, epochs: int) -> N
         return
     gates = timm_sd.depth_gates(model)
     if gates is None or not gates.active:
-        raise UserError(f'--drop-path-when {depth.drop_path_when} --drop-path-change {depth.drop_path_change}: no block '
-                        'of the network is dropped; give a --drop-path above 0')
+        raise UserError(f'--drop-path-when {depth.drop_path_when} --drop-path-change {depth.drop_path_change}: no '
+                        'block of the network is dropped; give a --drop-path above 0')
     with user_errors('--drop-path-when'):
         gates.set_drop_path_when(depth.drop_path_when, epochs, depth.drop_path_change, depth.drop_path_cutoff)
 

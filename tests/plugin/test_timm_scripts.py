@@ -48,7 +48,8 @@ class Runs:
                 for index in range(images):
                     Image.fromarray(noise[index]).save(place / f'{index}.png')
 
-    def train(self, name, *flags, epochs=1, model='resnet18', python=(sys.executable,), prefix=('--drop-path-mode', 'batch')):
+    def train(self, name, *flags, epochs=1, model='resnet18', python=(sys.executable,),
+              prefix=('--drop-path-mode', 'batch')):
         command = [*python, '-m', 'timm_sd', *prefix,
                    self.recorder, self.folder / name, TIMM / 'train.py', '--data-dir', self.folder / 'images', *FLAGS,
                    '--model', model, '--drop-path', '0.5', '--opt', 'sgd', '--lr', '0.01', '--warmup-epochs', '0',
