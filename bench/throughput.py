@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 
@@ -186,7 +187,10 @@ def main() -> None:
     elif what.host:
         rows = host_costs(steps.rounds)
     elif what.inference:
-        rows = inference_rates(contestants.model, steps.batch_size, amp, steps.rounds)
+        networks: Any = [timm.create_model(name) for name in contestants.model]
+        sizes = [(steps.batch_size, *network.pretrained_cfg['input_size']) for network in networks]
+        rows = [dict(model=name, batch_size=steps.batch_size, amp=amp, images_per_second=rate) for name, rate
+                in zip(contestants.model, inference_rates(networks, sizes, amp, steps.rounds), strict=True)]
     elif what.reading:
         rows = measure_reading(end_to_end.images, end_to_end.data_dir, steps.batch_size, steps.rounds,
                                make_settings(ReadingSettings, flags))

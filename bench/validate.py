@@ -1,6 +1,10 @@
 """Evaluates a registered model or a checkpoint: python bench/validate.py --model NAME --pretrained --dataset DATA.
 
 timm's conventions: fp32 unless --amp, mean and std of the model's pretrained_cfg, one JSON on stdout, a results CSV.
+
+    python bench/validate.py --checkpoint A/model.safetensors B/model.safetensors --blocks 9 8 7 6 --results-file d.csv
+
+shortens each network to several depths, and writes d.csv, d.json and d.png: the error over the images a second.
 """
 import harness.interrupts  # noqa: F401  (before the imports that take seconds)
 
@@ -8,26 +12,42 @@ import harness.interrupts  # noqa: F401  (before the imports that take seconds)
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from timm.data import resolve_data_config
 
-from harness.cli import Parser, add_flags, make_settings, run_script
+from harness.cli import Parser, add_flags, make_settings, run_script, unmet
+from harness.data.batches import Batches
 from harness.data.columns import open_split, rename_classes
 from harness.data.loaders import make_batches
-from harness.data.settings import ImageSettings
+from harness.data.settings import HeldOutSettings, ImageSettings, SplitSettings
 from harness.data.sources import SourceSettings, open_data
-from harness.data.splits import check_classes, load_images
+from harness.data.splits import Images, check_classes, load_images, load_splits
 from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
-from harness.files import file_to_replace, write_csv
+from harness.files import file_to_replace, write_csv, write_json
 from harness.launch import make_accelerator
 from harness.launcher import settle_precision
-from harness.network import NetworkSettings, check_loaded, check_size, local_source, registered_name, size_kwargs
+from harness.machine import hardware, versions
+from harness.network import (
+    NetworkSettings,
+    check_loaded,
+    check_size,
+    digest_of,
+    local_source,
+    registered_name,
+    size_kwargs,
+)
+from harness.plots import save_depths
 from harness.run_folder import read_metadata
+from timing.depths import DepthsSettings, Pairs, measure_depths, print_depths
+from timing.rows import flat
+from timm_sd.download import WEIGHTS_FILE
 from timm_sd.weight_files import check_finite, check_weights
 
 
@@ -36,8 +56,10 @@ def validate_parser() -> Parser:
     parser = Parser('Evaluates a registered model or a checkpoint.')
     add_flags(parser, SourceSettings, ImageSettings, NetworkSettings)
     parser.add_argument('--split', default='test', help='what is evaluated')
-    parser.add_argument('--checkpoint', help='safetensors file, such as model.safetensors of a run folder')
-    parser.add_argument('--results-file', help='CSV to write')
+    parser.add_argument('--checkpoint', nargs='+', help='safetensors file, such as model.safetensors of a run folder; '
+                        'several with --blocks or --share')
+    parser.add_argument('--results-file', help='CSV to write; with --blocks or --share JSON and PNG too')
+    add_flags(parser, DepthsSettings, HeldOutSettings)
     # None: as the checkpoint says.
     parser.set_defaults(model=None, dataset='uoft-cs/cifar10', in_memory=None, model_kwargs=None)
     return parser
@@ -92,62 +114,181 @@ def label_names(model: Any) -> list[str] | None:
     return names if isinstance(names, list) else None
 
 
-def main() -> None:
-    """Loads data and model, evaluates, prints and writes one row of results."""
-    flags, names = validate_parser().parse_args(), None
-    if flags.checkpoint:
-        if not Path(flags.checkpoint).is_file():
-            raise UserError(f'--checkpoint {flags.checkpoint} is no file')
-        metadata = read_settings(flags.checkpoint)
-        names = metadata.pop('label_names', None)
-        for key, value in metadata.items():
-            if getattr(flags, key) is None:
-                setattr(flags, key, value)
+def take_settings(flags: Any) -> list[str] | None:
+    """Fills the flags that weren't given with what the checkpoints say; returns the names of their classes.
+
+    Raises:
+        UserError: If there is no such file, it doesn't name its network, or two were trained on other images.
+    """
+    names, first = None, None
+    for file in flags.checkpoint or ():
+        if not Path(file).is_file():
+            raise UserError(f'--checkpoint {file} is no file')
+        metadata = read_settings(file)
+        if first is not None and metadata != first:
+            differing = sorted(key for key in {**first, **metadata} if first.get(key) != metadata.get(key))
+            raise UserError(f'--checkpoint {file} has another {", ".join(differing)} than {flags.checkpoint[0]}; '
+                            'evaluate it by itself')
+        first = metadata
+    for key, value in (first or {}).items():
+        if key == 'label_names':
+            names = value
+        elif getattr(flags, key) is None:
+            setattr(flags, key, value)
     if flags.model is None:
-        raise UserError(f'--checkpoint {flags.checkpoint} is no safetensors file that names its model; give --model'
+        raise UserError(f'--checkpoint {flags.checkpoint[0]} is no safetensors file that names its model; give --model'
                         if flags.checkpoint else 'neither --model nor --checkpoint is given')
+    return names
+
+
+def check_depths(flags: Any, depths: DepthsSettings) -> None:
+    """Raises UserError unless the flags of the depths go together."""
+    for key, needed in unmet(vars(flags), DepthsSettings).items():
+        if getattr(flags, key) != getattr(DepthsSettings(), key):
+            raise UserError(f'--{key.replace("_", "-")} does nothing without {needed}; leave it out')
+    if flags.blocks and flags.share:
+        raise UserError('--blocks and --share say the same in two ways; give one')
+    if len(flags.checkpoint or ()) > 1 and not depths.depths:
+        raise UserError('several --checkpoint are compared by --blocks or --share; give one of these')
+
+
+def called(file: str) -> str:
+    """What a checkpoint is called: as its run folder, or the file."""
+    path = Path(file).resolve()
+    return path.parent.name if path.name == WEIGHTS_FILE else path.stem
+
+
+@dataclass
+class Evaluation:
+    """How networks are evaluated.
+
+    Attributes:
+        model: timm's name of theirs.
+        images: How images are looked at.
+        network: See `NetworkSettings`.
+        cfg: The data config of timm: image size, mean and std, crop.
+        accelerator: Says who we are among the processes.
+        split: What is evaluated.
+        amp_dtype: Of autocast.
+    """
+    model: str
+    images: ImageSettings
+    network: NetworkSettings
+    cfg: dict[str, Any]
+    accelerator: Accelerator
+    split: Images
+    amp_dtype: str
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.images.img_size or self.cfg['input_size'][-1]
+
+    def batches(self, split: Images) -> Batches:
+        return make_batches(split, self.images, self.cfg, self.accelerator, channels=self.network.channels)
+
+    def row(self, model: Any) -> dict[str, Any]:
+        """timm's columns of results; UserError if the network's outputs aren't finite."""
+        metrics = evaluate(model, self.batches(self.split), self.accelerator,
+                           autocast(self.accelerator.device, bool(self.network.amp), dtype=self.amp_dtype))
+        if not math.isfinite(metrics['loss']):
+            raise UserError(f'the outputs of {self.model} are not finite on these images')
+        in_memory, cfg = self.images.in_memory, self.cfg
+        return dict(
+            model=self.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
+            top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
+            param_count=round(sum(param.numel() for param in model.parameters()) / 1e6, 2), img_size=self.size,
+            crop_pct=1.0 if in_memory else cfg['crop_pct'],
+            interpolation=cfg['interpolation'] if not in_memory else 'bilinear' if self.images.img_size else 'none')
+
+
+def training_images(evaluation: Evaluation, flags: Any, depths: DepthsSettings,
+                    names: list[str] | None) -> tuple[Pairs | None, Pairs | None]:
+    """What a measured order is measured on, and what batch norm is estimated anew by, where they are asked for.
+
+    Raises:
+        UserError: If they count their classes otherwise than the network.
+    """
+    if depths.order != 'measured' and not depths.bn_images:
+        return None, None
+    splits = SplitSettings(**vars(make_settings(HeldOutSettings, flags)), test_split=flags.split)
+    found = load_splits(make_settings(SourceSettings, flags), splits, evaluation.images, evaluation.accelerator,
+                        evaluation.network.channels, sys.stderr.isatty())
+    if names is not None and found.class_names != names:
+        raise UserError('the data counts its classes otherwise than the network, which --order measured and '
+                        '--bn-images can not follow')
+    train: Any = found.images['train']
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:depths.bn_images]
+    return (Pairs(evaluation.batches(found.images['val'])) if depths.order == 'measured' else None,
+            Pairs(evaluation.batches(train[some])) if depths.bn_images else None)
+
+
+def evaluate_depths(evaluation: Evaluation, models: dict[str, Any], flags: Any, depths: DepthsSettings,
+                    names: list[str] | None) -> dict[str, Any]:
+    """Each network at each depth; see `measure_depths`."""
+    rows = measure_depths(models, depths, evaluation.row, *training_images(evaluation, flags, depths, names),
+                          (flags.batch_size, evaluation.network.channels, evaluation.size, evaluation.size),
+                          bool(flags.amp))
+    files = flags.checkpoint or [model.pretrained_cfg.get('file') for model in models.values()]
+    return dict(rows=rows, weights_sha256=dict(zip(models, map(digest_of, files), strict=True)),
+                split=flags.split, order=depths.order, bn_images=depths.bn_images, batch_size=flags.batch_size,
+                hardware=hardware(evaluation.accelerator, bool(flags.amp), flags.amp_dtype), versions=versions())
+
+
+def main() -> None:
+    """Loads data and networks, evaluates, prints and writes a row of results, or one for each depth."""
+    flags = validate_parser().parse_args()
+    names, depths = take_settings(flags), make_settings(DepthsSettings, flags)
     registered_name(flags.model)
-    if flags.results_file:
-        file_to_replace(Path(flags.results_file), '--results-file')
+    check_depths(flags, depths)
+    table = Path(flags.results_file) if flags.results_file else None
+    if table:
+        for suffix in ('.json', '.png') if depths.depths else ():
+            file_to_replace(table.with_suffix(suffix), '--results-file')
+        file_to_replace(table, '--results-file')
     flags.in_memory = flags.in_memory is not False
     flags.model_kwargs = flags.model_kwargs or {}
     flags.amp, flags.amp_dtype = settle_precision(flags.amp, flags.amp_dtype)
     accelerator = make_accelerator()
+    if depths.depths and accelerator.num_processes > 1:
+        raise UserError(f'--blocks and --share time one process, not {accelerator.num_processes}')
     images, network = make_settings(ImageSettings, flags), make_settings(NetworkSettings, flags)
     source = make_settings(SourceSettings, flags)
-    data = open_data(source, accelerator)
-    split = open_split(data, source, flags.split)
+    split = open_split(open_data(source, accelerator), source, flags.split)
     classes = len(split.class_names)
     check_classes(images, classes)
-    model = load_network(network, flags.checkpoint, len(names or split.class_names),
-                         images.img_size).to(accelerator.device)
+    models = {called(file) if file else flags.model: load_network(
+        network, file, len(names or split.class_names), images.img_size).to(accelerator.device)
+        for file in flags.checkpoint or [None]}
+    model = next(iter(models.values()))
     names = names or label_names(model)
     if names is not None:
-        split = rename_classes(split, names, flags.checkpoint or flags.model)
+        split = rename_classes(split, names, (flags.checkpoint or [flags.model])[0])
     elif model.num_classes != classes:
         raise UserError(f'{network.model} knows {model.num_classes} classes, the data has {classes}; '
                         'choose the data with --dataset, --data-dir and --target-key')
     loaded = load_images(split, images, network.channels,
                          progress=accelerator.is_main_process and sys.stderr.isatty())
     if network.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        for each in models.values():
+            each.to(memory_format=torch.channels_last)
     # As timm's script: registered weights are evaluated at their test size, a checkpoint at train.py's.
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not flags.checkpoint)
-    batches = make_batches(loaded, images, cfg, accelerator, channels=network.channels)
-    metrics = evaluate(model, batches, accelerator,
-                       autocast(accelerator.device, bool(network.amp), dtype=flags.amp_dtype))
-    if not math.isfinite(metrics['loss']):
-        raise UserError(f'the outputs of {flags.checkpoint or flags.model} are not finite on {split.where}')
-    row = dict(
-        model=flags.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
-        top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
-        param_count=round(sum(param.numel() for param in model.parameters()) / 1e6, 2),
-        img_size=images.img_size or cfg['input_size'][-1], crop_pct=1.0 if images.in_memory else cfg['crop_pct'],
-        interpolation=cfg['interpolation'] if not images.in_memory else 'bilinear' if images.img_size else 'none')
+    evaluation = Evaluation(flags.model, images, network, cfg, accelerator, loaded, flags.amp_dtype)
+    if depths.depths:
+        found = evaluate_depths(evaluation, models, flags, depths, names)
+        print_depths(found['rows'])
+        rows = [flat({key: value for key, value in row.items() if key != 'removed'}) for row in found['rows']]
+        if table:
+            write_json(table.with_suffix('.json'), found)
+            save_depths(found['rows'], table.with_suffix('.png'))
+    else:
+        found = evaluation.row(model)
+        rows = [found]
     if accelerator.is_main_process:
-        if flags.results_file:
-            write_csv(Path(flags.results_file), [row])
-        print(json.dumps(row))
+        if table:
+            write_csv(table, rows)
+        print(json.dumps(found))
 
 
 if __name__ == '__main__':

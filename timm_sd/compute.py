@@ -13,6 +13,21 @@ from .probe import example_arguments
 from .skippable import SkippableBlock
 
 
+def _count(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """The multiplications of each of a network's modules, by name, and of all of it as 'Global'."""
+    args, kwargs = example_arguments(model, example_input)
+    # With gradients, for the counter asks tensors for theirs; attention written out, for it knows no kernel of a CPU's.
+    with training_mode(model, False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return {name: sum(counts.values()) for name, counts in counter.flop_counts.items()}
+
+
+def multiplications(model: nn.Module, example_input: Any = None) -> int:
+    """The multiplications of one evaluation, and the additions that go with them; see `branch_shares`."""
+    return _count(model, example_input)['Global']
+
+
 def branch_shares(model: nn.Module, blocks: Iterable[tuple[nn.Module, Sequence[str]]],
                   example_input: Any = None) -> list[float]:
     """The share of a network's multiplications that the branch of each block has.
@@ -25,13 +40,8 @@ def branch_shares(model: nn.Module, blocks: Iterable[tuple[nn.Module, Sequence[s
     Raises:
         Exception: Of any kind, where torch's counter doesn't know the network.
     """
-    args, kwargs = example_arguments(model, example_input)
     names = {module: f'{type(model).__name__}.{name}' for name, module in model.named_modules()}
-    # With gradients, for the counter asks tensors for theirs; attention written out, for it knows no kernel of a CPU's.
-    with training_mode(model, False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), \
-            FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    flops = {name: sum(counts.values()) for name, counts in counter.flop_counts.items()}
+    flops = _count(model, example_input)
 
     def of_branch(block: nn.Module, shortcut: Sequence[str]) -> float:
         return flops.get(names[block], 0) - sum(flops.get(names[getattr(block, name)], 0) for name in shortcut)

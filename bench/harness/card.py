@@ -80,6 +80,13 @@ def over_time_of(results: dict[str, Any]) -> str:
     return RateOverTime(when, results['epochs'], change, cutoff).describe()
 
 
+def depth_of(results: dict[str, Any], depth: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of its weights with fewer blocks: their rows, the other networks beside them, and the rest."""
+    ours = [name for name, digest in depth['weights_sha256'].items() if digest == results['weights_sha256']]
+    others = [name for name in depth['weights_sha256'] if name not in ours]
+    return dict(depth, rows=[row for row in depth['rows'] if row['network'] in ours], others=list(map(as_text, others)))
+
+
 def method_kwargs(results: dict[str, Any]) -> dict[str, Any]:
     """The method of a run, as arguments of `timm_sd.add_stochastic_depth`."""
     mode, schedule, scale = method_of(results)
@@ -116,13 +123,15 @@ def _texts(value: Any) -> Any:
     return as_text(value) if isinstance(value, str) else value
 
 
-def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None = None) -> str:
+def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None = None,
+              depth: dict[str, Any] | None = None) -> str:
     """The model card of a run.
 
     Args:
         results: Its results.json.
         comparison: What it is held against.
         repo: The Hub repository that the card's snippets load from; without it they load from the package.
+        depth: What validate.py measured of these weights with fewer blocks, see `read_depth`.
     """
     name, dataset = full_name(results), dataset_of(results)
     hub_dataset = dataset if re.fullmatch(r'[\w-]+/[\w.-]+', dataset) else None
@@ -140,7 +149,7 @@ def make_card(results: dict[str, Any], comparison: Comparison, repo: str | None 
         r=_texts(results), recipe=as_code(results['recipe']), dataset=as_text(dataset), hub_dataset=hub_dataset,
         classes=classes, size=size, repo=repo,
         **dict(comparison._asdict(), changed={key: as_text(value) for key, value in comparison.changed.items()}),
-        over_time=over_time_of(results), is_timms=not architecture(name).startswith('sd_'),
-        method=method_kwargs(results),
+        over_time=over_time_of(results), depth=depth and depth_of(results, depth),
+        is_timms=not architecture(name).startswith('sd_'), method=method_kwargs(results),
         maps=', '.join(str(tuple(x.shape)) for x in features(torch.zeros(1, channels_of(results), size, size))),
         width=timm.create_model(architecture(name), **plain_kwargs(results)).num_features))

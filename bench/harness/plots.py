@@ -11,6 +11,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import ScalarFormatter  # noqa: E402
 
 from harness.files import write_atomic  # noqa: E402
 
@@ -50,6 +51,28 @@ def save_gates(rates: Sequence[float], path: Path, by_epoch: Sequence[float] = (
     mean = 'on the average of all epochs' if changes else 'in expectation'
     axes.set_title(f'{sum(1 - share * rate for rate in rates):.1f} of {len(rates)} blocks run {mean}', fontsize=10)
     save_figure(figure, panels, path)
+
+
+def save_depths(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws error over images a second, a line for each network and a point for each depth.
+
+    Args:
+        rows: Of validate.py with several depths.
+        path: The PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout='constrained')
+    colors = ('0.4', 'tab:orange', 'tab:blue', 'tab:green', 'tab:red')
+    for number, name in enumerate(dict.fromkeys(row['network'] for row in rows)):
+        points = [row for row in rows if row['network'] == name]
+        x, y = [row['images_per_second']['median'] for row in points], [row['top1_err'] for row in points]
+        axes.plot(x, y, marker='o', ms=4, color=colors[number % len(colors)], label=name)
+        for row, place in zip(points, zip(x, y, strict=True), strict=True):
+            axes.annotate(str(row['blocks']), place, xytext=(0, 6), textcoords='offset points', ha='center', fontsize=8)
+    axes.set(xlabel='images a second', ylabel='top-1 error (%)', yscale='log')
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.legend(frameon=False, title='numbers: residual blocks that stay', alignment='left')
+    save_figure(figure, [axes], path)
 
 
 def save_curves(rows: list[dict[str, float]], results: dict[str, Any], path: Path) -> None:

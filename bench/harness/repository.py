@@ -20,9 +20,9 @@ from harness.card import (
     plain_kwargs,
 )
 from harness.errors import UserError
-from harness.files import write_atomic, write_json
+from harness.files import read_mapping, write_atomic, write_json
 from harness.network import registered_name
-from harness.plots import save_curves, save_gates
+from harness.plots import save_curves, save_depths, save_gates
 from harness.results import without_paths
 from harness.run_folder import RunFolder
 
@@ -72,9 +72,26 @@ def copy_weights(run_folder: Path, results: dict[str, Any], target: Path) -> Non
     write_atomic(target, content)
 
 
+def read_depth(folder: Path, results: dict[str, Any]) -> dict[str, Any] | None:
+    """What validate.py measured of a run's weights with fewer blocks, in depth.json of its folder; None without one.
+
+    Raises:
+        UserError: If it can't be read, or is of other weights.
+    """
+    path = folder / 'depth.json'
+    if not path.exists():
+        return None
+    depth = read_mapping(path, json.loads, 'validate.py --results-file writes it')
+    if results.get('weights_sha256') not in depth['weights_sha256'].values():
+        raise UserError(f'{path} is of other weights than results.json; measure it anew, or remove it')
+    return depth
+
+
 def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Comparison, folder: Path,
                       repo: str | None = None) -> None:
     """Writes the card and what it is made from: results.json, summary.csv, curves.png and gates.png.
+
+    Where the run folder has a depth.json, which validate.py writes, that and depth.png too.
 
     Args:
         run_folder: Of the run.
@@ -91,7 +108,11 @@ def write_card_folder(run_folder: Path, results: dict[str, Any], comparison: Com
     _, schedule, _ = method_of(results)
     save_gates(timm_sd.drop_path_rates(results['blocks'], results['drop_path_rate'], schedule), folder / 'gates.png',
                [row['drop_path_rate'] for row in rows if 'drop_path_rate' in row])
-    write_atomic(folder / 'README.md', make_card(results, comparison, repo).encode())
+    depth = read_depth(run_folder, results)
+    if depth is not None:
+        write_json(folder / 'depth.json', depth)
+        save_depths(depth['rows'], folder / 'depth.png')
+    write_atomic(folder / 'README.md', make_card(results, comparison, repo, depth).encode())
 
 
 def method_config(results: dict[str, Any]) -> dict[str, Any]:

@@ -18,18 +18,23 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
-class SplitSettings:
-    """Training, validation and test images."""
+class HeldOutSettings:
+    """Training and validation images."""
     train_split: str = flag('train', "'+' joins several")
     val_split: str | None = flag(None, "split to select by (default: held out of the training split); 'auto': the "
                                        'validation split if there is one')
+    val_per_class: list[int] = flag([500], 'images of each class held out for validation, one number for each joined '
+                                    'split', type=positive_int, nargs='+')
+    val_fraction: float | None = flag(None, 'share of each class held out instead', type=unit_interval)
+
+
+@dataclass(frozen=True)
+class SplitSettings(HeldOutSettings):
+    """Training, validation and test images."""
     test_split: str = flag('test', "looked at once, at the end; 'auto': the test split if there is one, otherwise the "
                                    'validation images, and then the last epoch counts')
     validation_batch_size: int | None = flag(None, 'images a process and step in validation and testing (default: '
                                                    '--batch-size)', short='-vb', type=positive_int)
-    val_per_class: list[int] = flag([500], 'images of each class held out for validation, one number for each joined '
-                                    'split', type=positive_int, nargs='+')
-    val_fraction: float | None = flag(None, 'share of each class held out instead', type=unit_interval)
     epoch_size: int | None = flag(None, 'images an epoch, where --streaming does not tell how many there are',
                                   type=positive_int)
 
