@@ -10,8 +10,9 @@ from typing import Any
 from harness.recipes import changed_by_run, changed_from_recipe, command_line, parse_train_flags, read_recipe
 from paper import numbers
 
-# How long a training is: `full` is the paper's epochs. `smoke` tries the machinery on handwritten digits, by the recipe
-# quickstart, and shows nothing about the paper. `fitted` and `twice` are `FITTED_EPOCHS`, and twice as many.
+# How long a training is: `full` is the recipe's epochs, which are the paper's where the recipe is. `smoke` tries the
+# machinery on handwritten digits, by the recipe quickstart, and shows nothing about the paper. `fitted` and `twice` are
+# `FITTED_EPOCHS`, and twice as many.
 TIMES_FITTED = {'fitted': 1, 'twice': 2}
 BUDGETS = ('full', *TIMES_FITTED, 'smoke')
 SMOKE_EPOCHS = 4
@@ -37,6 +38,9 @@ class Experiment:
         scale: 'eval', the paper's, or 'train'.
         augment: Crop and flip.
         lr: The learning rate to begin with, if not the recipe's.
+        when: In which epochs blocks drop, see `timm_sd.rates.RateOverTime`.
+        change: Likewise.
+        cutoff: Likewise.
     """
     recipe: str = 'cifar10'
     depth: int = 110
@@ -46,6 +50,9 @@ class Experiment:
     scale: str = 'eval'
     augment: bool = True
     lr: float | None = None
+    when: str = 'standard'
+    change: str = 'constant'
+    cutoff: int | None = None
 
     @property
     def model(self) -> str:
@@ -63,12 +70,12 @@ class Experiment:
         if budget == 'smoke':
             return SMOKE_EPOCHS
         if budget == 'full':
-            return numbers.EPOCHS[self.recipe]
+            return read_recipe(self.recipe)['epochs']
         fitted = FITTED_EPOCHS.get((self.depth, self.recipe, self.augment))
         return fitted and fitted * TIMES_FITTED[budget]
 
     def name(self, budget: str, seed: int) -> str:
-        """Of the run folder. Mode, scale, augmentation and learning rate are named where they aren't the paper's."""
+        """Of the run folder. Mode, scale, augmentation, learning rate and time are named where not the paper's."""
         words = [self.recipe, str(self.depth), f'{1 - self.drop_path:g}-{self.schedule}' if self.drop_path else
                  'constant']
         if self.mode != 'batch':
@@ -79,6 +86,8 @@ class Experiment:
             words.append('plain')
         if self.lr is not None:
             words.append(f'lr{self.lr}')
+        if self.when != 'standard':
+            words += [self.when, self.change, str(self.cutoff)]
         return '-'.join([*words, budget, str(seed)])
 
     def flags(self, budget: str, seed: int, data: Path | None) -> list[str]:
@@ -93,6 +102,8 @@ class Experiment:
         changed: dict[str, Any] = dict(
             model=self.model, drop_path=self.drop_path, drop_path_schedule=self.schedule, drop_path_scale=self.scale,
             epochs=epochs, seed=seed, log_gradients=True)
+        if self.when != 'standard':
+            changed.update(drop_path_when=self.when, drop_path_change=self.change, drop_path_cutoff=self.cutoff)
         if budget in TIMES_FITTED:
             recipe = read_recipe(name)
             # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs.
@@ -155,6 +166,16 @@ EFFECT = {data: {p_last: ending_in(p_last, depth=38, recipe=recipe, augment=augm
           for data, recipe, augment in (('cifar10_unaugmented', 'cifar10', False),
                                         ('cifar100_unaugmented', 'cifar100', False), ('cifar10', 'cifar10', True))}
 
+# Not in the paper: rates that change over the training. 20 layers in 30 epochs.
+_SHORT: dict[str, Any] = dict(recipe='cifar10_30', depth=20, scale='train')
+OVER_TIME = {
+    'constant depth': Experiment(drop_path=0., **_SHORT),
+    'p_L = 0.8': Experiment(drop_path=0.2, **_SHORT),
+    'p_L = 0.5': Experiment(**_SHORT),
+    'p_L = 0.5, early, linear': Experiment(when='early', change='linear', cutoff=15, **_SHORT),
+    'p_L = 0.5, late': Experiment(when='late', cutoff=15, **_SHORT),
+}
+
 TARGETS: dict[str, list[Experiment]] = {
     'table1': [run for pair in TABLE1.values() for run in pair],
     'table2': [run for data in numbers.TABLE2 for run in TABLE1[data]],
@@ -167,4 +188,5 @@ TARGETS: dict[str, list[Experiment]] = {
 }
 PAPER = list(dict.fromkeys(run for name, runs in TARGETS.items() if name != 'modes' for run in runs))
 TARGETS['all'] = list(dict.fromkeys([*PAPER, *TARGETS['modes']]))
+TARGETS['over_time'] = list(OVER_TIME.values())
 TARGETS['effect'] = [run for runs in EFFECT.values() for run in runs.values()]

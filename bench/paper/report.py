@@ -11,6 +11,7 @@ from typing import Any
 from harness.files import make_folder, write_atomic
 from harness.recipes import read_recipe
 from paper import numbers
+from paper.beyond import depth_after_training, over_time
 from paper.experiments import (
     BY_MODE,
     DEPTH1202,
@@ -287,13 +288,14 @@ class Report:
         parts = ['# Reproduction', self.summary(), HOW, self.effect(),
                  self.pairs('Table 1: test error', TABLE1, numbers.TABLE1), self.table2(), self.curves(),
                  self.survival(), self.depth_map(),
-                 self.pairs('1202 layers', {'cifar10': DEPTH1202}, {'cifar10': numbers.DEPTH1202}), self.modes()]
-        others = self.kept.names_of_no(TARGETS['all'] + TARGETS['effect'])
+                 self.pairs('1202 layers', {'cifar10': DEPTH1202}, {'cifar10': numbers.DEPTH1202}), self.modes(),
+                 over_time(self.kept, self.folder), depth_after_training(self.kept, self.folder)]
+        others = self.kept.names_of_no([run for runs in TARGETS.values() for run in runs])
         if others:
             parts.append(f'## In no table\n\nKept runs of other flags, epochs or data than these: {", ".join(others)}.')
         notes = self.folder / 'notes.md'  # what a person has to say of the results
         if notes.exists():
             parts.append(notes.read_text())
         path = self.folder / 'REPRODUCTION.md'
-        write_atomic(path, ('\n\n'.join(part.strip() for part in parts) + '\n').encode())
+        write_atomic(path, ('\n\n'.join(part.strip() for part in parts if part) + '\n').encode())
         return path

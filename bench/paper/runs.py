@@ -18,18 +18,18 @@ from harness.machine import cores
 from harness.paths import RESULTS, TRAIN
 from harness.results import without_paths
 from harness.run_folder import RunFolder
-from paper import numbers
 from paper.experiments import BUDGETS, TARGETS, TIMES_FITTED, Experiment, training_of_experiment, training_of_run
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
     """Which runs."""
-    budget: str = flag('full', "full: the paper's epochs; fitted: about as many as 38 layers at constant depth need to "
-                               'fit; twice: twice that; smoke: a trial on digits', choices=BUDGETS)
+    budget: str = flag('full', "full: the recipe's epochs; fitted: about as many as 38 layers at constant depth need "
+                               'to fit; twice: twice that; smoke: a trial on digits', choices=BUDGETS)
     seeds: list[int] = flag([0], 'a run for each', type=int, nargs='+', metavar='SEED')
     data: Path | None = flag(None, 'holds cifar10/, svhn/ ... (default: the Hub)', type=Path, metavar='FOLDER')
-    recipe: list[str] | None = flag(None, 'only these data sets', choices=numbers.EPOCHS, nargs='+')
+    recipe: list[str] | None = flag(None, 'only these recipes', nargs='+',
+                                    choices=sorted({run.recipe for runs in TARGETS.values() for run in runs}))
     depth: list[int] | None = flag(None, 'only these depths', type=positive_int, nargs='+')
     drop_path: list[float] | None = flag(None, 'only these 1 - p_L', type=drop_rate, nargs='+')
     augment: bool | None = flag(None, 'only with augmentation, or without', action=argparse.BooleanOptionalAction)

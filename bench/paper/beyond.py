@@ -1,0 +1,116 @@
+"""Beyond the paper, in the report: rates that change over the training, and depth after it."""
+import json
+import statistics
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from harness.plots import plt, save_depths, save_figure
+from paper.experiments import OVER_TIME
+from paper.kept import Found, KeptRuns, cell, machine, machines, seeds
+
+STYLES: tuple[dict[str, Any], ...] = (
+    dict(color='0.35', ls='--'), dict(color='tab:blue', ls=':'), dict(color='tab:orange', ls='-'),
+    dict(color='tab:green', ls='-.'), dict(color='tab:red', ls=(0, (5, 1, 1, 1, 1, 1))))
+
+
+def on_machines(found: dict[str, Found]) -> dict[str, dict[str, list[list[dict[str, float]]]]]:
+    """The rows of the runs by machine and kind: times are compared within one machine alone."""
+    places: dict[str, dict[str, list[list[dict[str, float]]]]] = {}
+    for kind, runs in found.items():
+        for results, rows in zip(*runs, strict=True):
+            hardware = results['hardware']
+            place = f'{machine(hardware)}, {hardware["threads"]} thread{"s" if hardware["threads"] > 1 else ""}'
+            places.setdefault(place, {}).setdefault(kind, []).append(rows)
+    return places
+
+
+def seconds_of(rows: list[dict[str, float]]) -> float:
+    """Of the steps of all epochs of a run."""
+    return sum(row['train_seconds'] for row in rows)
+
+
+def over_time(kept: KeptRuns, folder: Path) -> str:
+    """Rates that change over the training: errors, seconds, and a picture of both; nothing where nothing was run."""
+    found = {kind: kept.find(run, 'full') for kind, run in OVER_TIME.items()}
+    if not any(runs.results for runs in found.values()):
+        return ''
+    places = on_machines(found)
+    lines = ['## Beyond the paper: when blocks drop\n',
+             '20 layers on CIFAR-10+ by the recipe [cifar10_30](../../recipes/cifar10_30.yaml), linear decay, scale '
+             '`train`. `early, linear`: the rate falls from 0.5 to 0 in the first 15 of 30 epochs. `late`: blocks drop '
+             'in the last 15 (*Dropout Reduces Underfitting*, arXiv 2303.01500).\n',
+             '| | training loss | validation error | test error | seeds | on |', '|---|---|---|---|---|---|']
+    for kind, runs in found.items():
+        validation = [results['val_top1_err'] for results in runs.results]
+        lines.append(f'| {kind} | {cell(runs.losses, 3)} | {cell(validation)} | {cell(runs.errors)} | {seeds(runs)} '
+                     f'| {machines(runs)} |')
+    lines += ['\nSeconds of the steps of all 30 epochs, and in brackets in those of constant depth. Times are compared '
+              'within one machine.\n',
+              f'| on | {" | ".join(OVER_TIME)} |', '|---' * (1 + len(OVER_TIME)) + '|']
+    for place, by_kind in places.items():
+        base = [seconds_of(rows) for rows in by_kind.get('constant depth', [])]
+        cells = []
+        for kind in OVER_TIME:
+            seconds = [seconds_of(rows) for rows in by_kind.get(kind, [])]
+            ratio = f' ({statistics.mean(seconds) / statistics.mean(base):.3f})' if seconds and base else ''
+            cells.append(f'{cell(seconds, 0)}{ratio}')
+        lines.append(f'| {place} | {" | ".join(cells)} |')
+    save_over_time(places, folder / 'over_time.png')
+    return '\n'.join([*lines, '\n![validation error over seconds of training](over_time.png)'])
+
+
+def save_over_time(places: dict[str, dict[str, list[list[dict[str, float]]]]], path: Path) -> None:
+    """Draws validation error over seconds of training, a panel for each machine, the mean over its seeds.
+
+    Args:
+        places: See `on_machines`.
+        path: The PNG to write.
+    """
+    figure, panels = plt.subplots(1, len(places), figsize=(1 + 7 * len(places), 4.2), layout='constrained',
+                                  squeeze=False)
+    for axes, (place, by_kind) in zip(panels[0], places.items(), strict=True):
+        for kind, style in zip(OVER_TIME, STYLES, strict=True):
+            runs = by_kind.get(kind, [])
+            if runs:
+                seconds = zip(*(accumulate(row['train_seconds'] for row in rows) for rows in runs), strict=True)
+                errors = zip(*([100 - row['eval_top1'] for row in rows] for rows in runs), strict=True)
+                axes.plot([*map(statistics.mean, seconds)], [*map(statistics.mean, errors)], **style,
+                          label=f'{kind} ({len(runs)} seed{"s" if len(runs) > 1 else ""})')
+        axes.set(xlabel='seconds of training', ylabel='validation error (%)', ylim=(5, 40))
+        axes.set_title(place, fontsize=10)
+        axes.legend(frameon=False)
+    save_figure(figure, panels[0], path)
+
+
+def depth_after_training(kept: KeptRuns, folder: Path) -> str:
+    """Networks that lose blocks after training, from results/depths/*.json; nothing without them."""
+    names = {results['weights_sha256']: f'p_L = {1 - results["drop_path_rate"]:g}'
+             for by_seed in kept.runs.values() for results, _, _ in by_seed.values() if 'weights_sha256' in results}
+    parts = []
+    for path in sorted((folder.parent / 'depths').glob('*.json')):
+        measured = json.loads(path.read_text())
+        called = {name: names.get(digest, name) for name, digest in measured['weights_sha256'].items()}
+        rows = [dict(row, network=called[row['network']]) for row in measured['rows']]
+        networks = list(dict.fromkeys(row['network'] for row in rows))
+        hardware, (first, *_) = measured['hardware'], rows
+        how = 'from the end of each stage' if measured['order'] == 'end' else \
+            'those first that matter least on the validation images'
+        anew = f'estimated anew on {measured["bn_images"]} training images' if measured['bn_images'] else 'kept'
+        save_depths(rows, folder / f'depth-{path.stem}.png')
+        lines = [f'\n{first["model"]}, blocks taken {how}, statistics of batch norm {anew}: {measured["split"]} error '
+                 f'(%). Images a second of the first network by batches of {measured["batch_size"]} on '
+                 f'{machine(hardware)}.\n',
+                 f'| blocks | multiplications | images/s | {" | ".join(networks)} |',
+                 '|---|---|---|' + '---|' * len(networks)]
+        for row in rows:
+            if row['network'] == networks[0]:
+                errors = [f'{other["top1_err"]:.2f}' for name in networks for other in rows
+                          if (other['network'], other['blocks']) == (name, row['blocks'])]
+                lines.append(f'| {row["blocks"]} | {row["share"]:.0%} | {row["images_per_second"]["median"]:.0f} '
+                             f'| {" | ".join(errors)} |')
+        lines.append(f'\n![error over images a second, by depth](depth-{path.stem}.png)')
+        parts.append('\n'.join(lines))
+    head = ('## Beyond the paper: depth after training\n\nNetworks lose residual blocks after training, and are not '
+            'trained on (`timm_sd.shorten`, `validate.py --blocks`).')
+    return '\n'.join([head, *parts]) if parts else ''
