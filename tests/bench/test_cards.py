@@ -281,7 +281,8 @@ def test_snippets_of_the_card_run_and_give_the_shapes_they_say(name):
     assert sum('  # (' in snippet for snippet in found) == 3
 
 
-def test_snippets_of_the_readme_run():
+def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one saves a network
     found = snippets((ROOT / 'README.md').read_text())
     assert found
     for snippet in found:
@@ -291,12 +292,12 @@ def test_snippets_of_the_readme_run():
 @pytest.mark.slow
 @pytest.mark.parametrize('path', [CARDS / NAMES[-1] / 'README.md', ROOT / 'README.md'],
                          ids=lambda path: path.parent.name)
-def test_each_snippet_runs_by_itself(path):
+def test_each_snippet_runs_by_itself(path, tmp_path):
     found = snippets(path.read_text())
     assert found
     for snippet in found:
         assert snippet.startswith('import timm_sd')
-        subprocess.run([sys.executable, '-c', snippet], check=True)
+        subprocess.run([sys.executable, '-c', snippet], check=True, cwd=tmp_path)
 
 
 # --- in processes of their own
