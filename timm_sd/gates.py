@@ -5,49 +5,17 @@ A draw is made on the host before the block runs, once for the mini-batch and id
 import random
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .rates import RateOverTime, check_choice, check_rate, drop_path_rates
+from .recomputation import Draw, Pass, PassMemory, in_backward
 
 MODES = ('batch', 'subset', 'sample')
 SCALES = ('train', 'eval')
 
-# A recomputation finds its own pass among so many of the last ones.
-REMEMBERED_PASSES = 100
-# The beginnings of so many passes are kept, to detect one whose random numbers repeat.
-REMEMBERED_BEGINNINGS = 100_000
-
 _lock = threading.Lock()
-
-
-class Draw(NamedTuple):
-    """The gates of one forward pass.
-
-    Attributes:
-        open: One bool a block.
-        rates: The drop path rates they were drawn with.
-        key: What they were drawn from; the subsets of mode 'subset' follow from it too.
-    """
-    open: tuple[bool, ...]
-    rates: tuple[float, ...]
-    key: str
-
-
-class _Pass(threading.local):
-    """The forward pass that a thread is in.
-
-    Attributes:
-        draw: Its gates; None before the first pass.
-        last_block: Index of the last block that asked.
-        begun: Whether its beginning is remembered.
-        repeats: Whether it began with the random numbers of an earlier pass whose gates are forgotten.
-    """
-    draw: Draw | None = None
-    last_block = -1
-    begun = False
-    repeats = False
 
 
 class DepthGates:
@@ -194,9 +162,7 @@ class DepthGates:
         """Starts an epoch: the draws that follow are those of its steps 0, 1, ... Passes before can't be recomputed."""
         self.epoch, self.step, self._epoch_is_told = epoch, 0, True
         self._follow_epoch()
-        self._remembered.clear()
-        self._beginnings.clear()
-        self._threads.clear()
+        self._memory.clear()
 
     def draw(self) -> list[bool]:
         """Draws the gates of the next step: b_l ~ Bernoulli(p_l), True for open."""
@@ -222,8 +188,8 @@ class DepthGates:
             RuntimeError: If the block runs within a backward pass, and which forward pass it repeats can't be told; or
                 if this forward pass repeats the random numbers of one that was run to be repeated.
         """
-        if _in_backward():
-            return self._recall(index)
+        if in_backward():
+            return self._memory.recall(index)
         current = self._pass
         if current.draw is None or index <= current.last_block:
             with _lock:
@@ -232,65 +198,12 @@ class DepthGates:
                 current.draw = Draw(tuple(self.open), self._rates, key)
             current.begun = current.repeats = False
         current.last_block = index
-        self._remember(index, current, current.draw)
+        self._memory.note(index, current, current.draw)
         return current.draw
-
-    # --- recomputations
 
     def remembers(self, index: int) -> bool:
         """Whether block `index` runs within a backward pass, with the random numbers of a pass that had gates."""
-        return _in_backward() and (index, _generator_state()) in self._remembered
-
-    def _remember(self, index: int, current: _Pass, draw: Draw) -> None:
-        """Notes the generator's state and the draw, if this pass may be recomputed.
-
-        The forward pass of a reentrant checkpoint and the first one of GradCache run without gradients, that of a
-        checkpoint that isn't reentrant with hooks on saved tensors.
-        """
-        if torch._C._are_functorch_transforms_active():
-            return  # where checkpointing doesn't work
-        grad = torch.is_grad_enabled()
-        may_be_recomputed = not grad or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if not may_be_recomputed and not self._remembered:
-            return
-        place = index, _generator_state()
-        with _lock:
-            known = self._remembered.get(place, draw)
-            if not current.begun:
-                current.repeats = place in self._beginnings and place not in self._remembered
-                if may_be_recomputed:
-                    current.begun = True
-                    self._beginnings[place] = None
-            if current.repeats or known != draw:
-                if grad:
-                    raise RuntimeError(
-                        f'block {index + 1}: this forward pass has the random numbers of an earlier one, and other '
-                        'gates. To recompute a pass outside of backward, as GradCache does, needs its gates; if it is '
-                        'a new pass, do not seed torch as before the earlier one')
-                known = None
-            if may_be_recomputed:
-                self._remembered[place] = known
-                self._threads.add(threading.get_ident())
-                _shorten(self._remembered, REMEMBERED_PASSES * len(self.open))
-                _shorten(self._beginnings, REMEMBERED_BEGINNINGS)
-        if may_be_recomputed:
-            _advance_generator()
-
-    def _recall(self, index: int) -> Draw:
-        """The draw of the forward pass that a block repeats within a backward pass."""
-        place, name = (index, _generator_state()), f'block {index + 1} runs within a backward pass'
-        if len(self._threads) > 1:
-            raise RuntimeError(f'{name}, and several threads, which share the random numbers, ran forward passes that '
-                               'may be meant; checkpoint in one thread alone, or call set_epoch when the others end')
-        if place not in self._remembered:
-            raise RuntimeError(f'{name}, and none of the last {REMEMBERED_PASSES} forward passes had its random '
-                               'numbers; activation checkpointing must restore them (preserve_rng_state=True)')
-        draw = self._remembered[place]
-        if draw is None:
-            raise RuntimeError(f'{name}, and two forward passes had its random numbers but other gates; do not seed '
-                               'torch to the same state before two passes that are recomputed')
-        _advance_generator()
-        return draw
+        return self._memory.knows(index)
 
     # --- copies and resumes
 
@@ -315,33 +228,9 @@ class DepthGates:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items()
-                if name not in ('_pass', '_remembered', '_beginnings', '_threads')}
+                if name not in ('_pass', '_memory')}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # not copied: a copy has forward passes of its own
-        self._pass = _Pass()
-        # A block and a state of the generator, to the draw of the pass; None if two passes had them.
-        self._remembered: dict[tuple[int, int], Draw | None] = {}
-        self._beginnings: dict[tuple[int, int], None] = {}
-        self._threads: set[int] = set()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _shorten(remembered: dict[Any, Any], size: int) -> None:
-    """Forgets what was noted first."""
-    while len(remembered) > size:
-        del remembered[next(iter(remembered))]
-
-
-def _generator_state() -> int:
-    """Stands for the state of torch's CPU generator."""
-    return hash(torch.default_generator.get_state().numpy().tobytes())
-
-
-def _advance_generator() -> None:
-    with torch._C._DisableTorchDispatch():  # a selective checkpoint would take the number from its cache
-        torch.rand((), device='cpu')
+        self._pass, self._memory = Pass(), PassMemory(len(self.open))

@@ -24,7 +24,7 @@ from support.checkpointing import (
     whole,
 )
 from support.networks import blocks_of, pictures
-from timm_sd import gates as gates_module
+from timm_sd import recomputation
 
 # --- where two passes could be meant, it is an error
 
@@ -74,8 +74,8 @@ def test_the_same_torch_seed_before_two_passes_is_an_error(way, reentrant):
 @both_checkpoints
 def test_the_same_torch_seed_is_an_error_after_many_passes_too(reentrant, monkeypatch):
     """The beginning of a pass is remembered far longer than its gates."""
-    assert gates_module.REMEMBERED_BEGINNINGS >= 100 * gates_module.REMEMBERED_PASSES
-    monkeypatch.setattr(gates_module, 'REMEMBERED_PASSES', 3)
+    assert recomputation.REMEMBERED_BEGINNINGS >= 100 * recomputation.REMEMBERED_PASSES
+    monkeypatch.setattr(recomputation, 'REMEMBERED_PASSES', 3)
 
     def run():
         model, x = network(), pictures().requires_grad_()
@@ -115,7 +115,7 @@ def test_grad_cache_is_an_error(way, reentrant):
 @pytest.mark.parametrize('way', [plain, whole])
 @both_checkpoints
 def test_grad_cache_of_many_chunks_is_an_error(way, reentrant, monkeypatch):
-    monkeypatch.setattr(gates_module, 'REMEMBERED_PASSES', 3)
+    monkeypatch.setattr(recomputation, 'REMEMBERED_PASSES', 3)
     with refusal('random numbers'):
         grad_cache(network(), lambda model, x: way(model, x.requires_grad_(), reentrant),
                    [pictures(2) for _ in range(4)])
@@ -123,7 +123,7 @@ def test_grad_cache_of_many_chunks_is_an_error(way, reentrant, monkeypatch):
 
 @both_checkpoints
 def test_more_passes_than_are_remembered_are_an_error(reentrant, monkeypatch):
-    monkeypatch.setattr(gates_module, 'REMEMBERED_PASSES', 3)
+    monkeypatch.setattr(recomputation, 'REMEMBERED_PASSES', 3)
     model = network()
     losses = [whole(model, pictures().requires_grad_(), reentrant).sum() for _ in range(4)]
     sum(losses[1:]).backward()
