@@ -21,13 +21,13 @@ import torch
 from accelerate import Accelerator
 from timm.data import resolve_data_config
 
-from harness.cli import Parser, add_flags, make_settings, run_script, unmet
+from harness.cli import Parser, add_flags, make_settings, run_script
 from harness.data.batches import Batches
 from harness.data.columns import open_split, rename_classes
 from harness.data.loaders import make_batches
-from harness.data.settings import HeldOutSettings, ImageSettings, SplitSettings
+from harness.data.settings import HeldOutSettings, ImageSettings
 from harness.data.sources import SourceSettings, open_data
-from harness.data.splits import Images, check_classes, load_images, load_splits
+from harness.data.splits import Images, check_classes, load_images
 from harness.engine import autocast, evaluate
 from harness.errors import UserError, user_errors
 from harness.files import file_to_replace, write_csv, write_json
@@ -45,7 +45,15 @@ from harness.network import (
 )
 from harness.plots import save_depths
 from harness.run_folder import read_metadata
-from timing.depths import DepthsSettings, Pairs, measure_depths, print_depths
+from timing.depths import (
+    DepthsSettings,
+    Pairs,
+    check_depths,
+    load_training_images,
+    measure_depths,
+    print_depths,
+    some_of,
+)
 from timing.rows import flat
 from timm_sd.download import WEIGHTS_FILE
 from timm_sd.weight_files import check_finite, check_weights
@@ -141,17 +149,6 @@ def take_settings(flags: Any) -> list[str] | None:
     return names
 
 
-def check_depths(flags: Any, depths: DepthsSettings) -> None:
-    """Raises UserError unless the flags of the depths go together."""
-    for key, needed in unmet(vars(flags), DepthsSettings).items():
-        if getattr(flags, key) != getattr(DepthsSettings(), key):
-            raise UserError(f'--{key.replace("_", "-")} does nothing without {needed}; leave it out')
-    if flags.blocks and flags.share:
-        raise UserError('--blocks and --share say the same in two ways; give one')
-    if len(flags.checkpoint or ()) > 1 and not depths.depths:
-        raise UserError('several --checkpoint are compared by --blocks or --share; give one of these')
-
-
 def called(file: str) -> str:
     """What a checkpoint is called: as its run folder, or the file."""
     path = Path(file).resolve()
@@ -202,31 +199,19 @@ class Evaluation:
             interpolation=cfg['interpolation'] if not in_memory else 'bilinear' if self.images.img_size else 'none')
 
 
-def training_images(evaluation: Evaluation, flags: Any, depths: DepthsSettings,
-                    names: list[str] | None) -> tuple[Pairs | None, Pairs | None]:
-    """What a measured order is measured on, and what batch norm is estimated anew by, where they are asked for.
-
-    Raises:
-        UserError: If they count their classes otherwise than the network.
-    """
-    if depths.order != 'measured' and not depths.bn_images:
-        return None, None
-    splits = SplitSettings(**vars(make_settings(HeldOutSettings, flags)), test_split=flags.split)
-    found = load_splits(make_settings(SourceSettings, flags), splits, evaluation.images, evaluation.accelerator,
-                        evaluation.network.channels, sys.stderr.isatty())
-    if names is not None and found.class_names != names:
-        raise UserError('the data counts its classes otherwise than the network, which --order measured and '
-                        '--bn-images can not follow')
-    train: Any = found.images['train']
-    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:depths.bn_images]
-    return (Pairs(evaluation.batches(found.images['val'])) if depths.order == 'measured' else None,
-            Pairs(evaluation.batches(train[some])) if depths.bn_images else None)
-
-
 def evaluate_depths(evaluation: Evaluation, models: dict[str, Any], flags: Any, depths: DepthsSettings,
                     names: list[str] | None) -> dict[str, Any]:
     """Each network at each depth; see `measure_depths`."""
-    rows = measure_depths(models, depths, evaluation.row, *training_images(evaluation, flags, depths, names),
+    held_out = bn_batches = None
+    if depths.order == 'measured' or depths.bn_images:
+        found = load_training_images(make_settings(SourceSettings, flags), make_settings(HeldOutSettings, flags),
+                                     flags.split, evaluation.images, evaluation.accelerator,
+                                     evaluation.network.channels, names, flags.checkpoint or ())
+        if depths.order == 'measured':
+            held_out = Pairs(evaluation.batches(found.images['val']))
+        if depths.bn_images:
+            bn_batches = Pairs(evaluation.batches(some_of(found.images['train'], depths.bn_images)))
+    rows = measure_depths(models, depths, evaluation.row, held_out, bn_batches,
                           (flags.batch_size, evaluation.network.channels, evaluation.size, evaluation.size),
                           bool(flags.amp))
     files = flags.checkpoint or [model.pretrained_cfg.get('file') for model in models.values()]
@@ -240,7 +225,7 @@ def main() -> None:
     flags = validate_parser().parse_args()
     names, depths = take_settings(flags), make_settings(DepthsSettings, flags)
     registered_name(flags.model)
-    check_depths(flags, depths)
+    check_depths(vars(flags))
     table = Path(flags.results_file) if flags.results_file else None
     if table:
         for suffix in ('.json', '.png') if depths.depths else ():
@@ -257,6 +242,9 @@ def main() -> None:
     split = open_split(open_data(source, accelerator), source, flags.split)
     classes = len(split.class_names)
     check_classes(images, classes)
+    if len({called(file) for file in flags.checkpoint or ()}) < len(flags.checkpoint or ()):
+        raise UserError(f'--checkpoint {" ".join(flags.checkpoint)}: two are called {called(flags.checkpoint[-1])!r}; '
+                        'give their run folders other names')
     models = {called(file) if file else flags.model: load_network(
         network, file, len(names or split.class_names), images.img_size).to(accelerator.device)
         for file in flags.checkpoint or [None]}

@@ -125,17 +125,22 @@ def scaled(x: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
         x: Of any shape.
         factor: 1 / p_l; as a tensor (), see `as_tensor`, what is compiled with it follows its value.
     """
-    if isinstance(factor, torch.Tensor):  # an operator would round it to 16 bits on a GPU
+    if isinstance(factor, torch.Tensor):  # an operator would round it to the 16 bits of x on a GPU
         return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(x.dtype)
     return x if factor == 1. else x * factor
 
 
+@torch.compiler.disable
+def as_tensor(factor: float, x: torch.Tensor) -> torch.Tensor:
+    """The factor of `x` as a tensor (), for `scaled`."""
+    return _as_tensor(factor, x.device, torch.promote_types(x.dtype, torch.float32))
+
+
 @lru_cache(maxsize=4096)  # a value comes again in each step, and a copy to a GPU would cost as much as it saves
-def as_tensor(value: float, device: torch.device) -> torch.Tensor:
-    """A number as a tensor (), float32; torch.compile would build a graph for each value of a number."""
+def _as_tensor(value: float, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     # not one of torch.inference_mode, nor one that a selective checkpoint or a vmap knows: it is used again elsewhere
     with torch.inference_mode(False), torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():
-        return torch.tensor(value, dtype=torch.float32).to(device)
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 def on_channels_last(function: Callable[..., torch.Tensor], x: torch.Tensor, kept: torch.Tensor,

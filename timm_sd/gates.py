@@ -82,7 +82,7 @@ class DepthGates:
     @drop_path_rates.setter
     def drop_path_rates(self, rates: Sequence[float]) -> None:
         if self.over_time is not None:
-            raise ValueError(f'the drop path rates change with the epoch, {self.over_time.when}; call '
+            raise ValueError(f'the drop path rates follow the epoch, {self.over_time.describe()}; end that by '
                              "set_drop_path_when('standard', epochs) before others are set")
         if len(rates) != len(self.open):
             raise ValueError(f'{len(rates)} drop path rates for {len(self.open)} blocks')
@@ -108,13 +108,13 @@ class DepthGates:
         self.drop_path_rates = drop_path_rates(len(self.open), drop_path_rate, self.schedule)
 
     def set_drop_path_when(self, when: str, epochs: int, change: str = 'constant', cutoff: int | None = None) -> None:
-        """Lets the rates change over the training; those that are set now become the full ones. See `RateOverTime`.
+        """Lets the rates change over the training, up to those that are set now. See `RateOverTime`.
 
         The rates follow from the epoch alone: `set_epoch` sets them, and a resumed training needs no more than that. A
         change of rates leaves the stored network as it is, with both scales: it evaluates the same before and after.
 
         Args:
-            when: 'early', 'late', or 'standard', which with the change 'constant' takes an earlier call back.
+            when: 'early', 'late' or 'standard'. With the change 'constant' the last one ends an earlier call's changes.
             epochs: Of the whole training.
             change: 'constant' or 'linear'.
             cutoff: Epoch at which dropping ends ('early') or begins ('late').
@@ -124,10 +124,10 @@ class DepthGates:
         """
         over_time = RateOverTime(when, epochs, change, cutoff)
         over_time.check()
-        is_constant = (when, change) == ('standard', 'constant')
-        if not is_constant and not any(self._full_rates):
-            raise ValueError(f'drop_path_when is {when!r}, but all drop path rates are 0; set a rate first')
-        self.over_time = None if is_constant else over_time
+        if not over_time.is_constant and not any(self._full_rates):
+            raise ValueError(f'drop_path_when is {when!r}, drop_path_change {change!r}, but all drop path rates are 0; '
+                             'set a rate above 0 first')
+        self.over_time = None if over_time.is_constant else over_time
         self._epoch_is_told = False
         self._follow_epoch()
 
@@ -219,8 +219,12 @@ class DepthGates:
             ValueError: If it was taken of a network of another depth.
         """
         over_time = state.get('over_time', self.over_time)  # an older version's state has none
-        self.over_time = None
-        self.drop_path_rates = state['drop_path_rates']
+        before, self.over_time = self.over_time, None
+        try:
+            self.drop_path_rates = state['drop_path_rates']
+        except ValueError:
+            self.over_time = before
+            raise
         self.over_time = over_time and RateOverTime(*over_time)
         self.seed, self.epoch, self.step, self._epoch_is_told = state['seed'], state['epoch'], state['step'], True
         self.active = self.active or state['active']

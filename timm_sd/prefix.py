@@ -90,7 +90,7 @@ class Prefix:
         rate = {} if drop_path_rate is None else dict(drop_path_rate=drop_path_rate)
         if self.is_on and drop_path_rate and is_scriptable():
             stop(f'{name}: TorchScript would train the plain network; leave out --torchscript')
-        if create.__module__.startswith('timm_sd.'):
+        if name.startswith('sd_'):
             flags = {f'drop_path_{flag}': value for flag, value in self.flags.items()}
             model = create(**{'drop_path_seed': self.seed, **rate, **kwargs, **flags})
         elif self.is_on and drop_path_rate:
@@ -105,6 +105,8 @@ class Prefix:
         gates: Any = depth_gates(model)
         self._check_seed(gates.seed)
         self.gates.append(gates)
+        if self.over_time and gates.mode == 'sample':  # whose passes aren't counted, see `_set_epoch`
+            stop(f"{name} has mode 'sample', whose rates --drop-path-when can't change here; give --drop-path-mode")
         if self.over_time and gates.active:  # until a scheduler tells the epochs, a training step is an error
             self._set_when(gates, epochs=self.over_time.get('cutoff', 0) + 1)
         if gates.active and gates.mode != 'sample':

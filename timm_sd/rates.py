@@ -1,5 +1,6 @@
 """The drop path rates: how they are spread over the blocks, and how they change over the epochs."""
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 SCHEDULES = ('linear', 'uniform')
@@ -71,6 +72,9 @@ class RateOverTime(NamedTuple):
         """Raises ValueError unless the training has these epochs, and the cutoff lies within it."""
         check_choice('drop_path_when', self.when, WHEN)
         check_choice('drop_path_change', self.change, CHANGES)
+        for name, value in (('epochs', self.epochs), ('drop_path_cutoff', self.cutoff)):
+            if value is not None and not isinstance(value, Integral):
+                raise ValueError(f'{name} is {value!r}; it must be a whole number')
         if self.epochs < 1:
             raise ValueError(f'the training has {self.epochs} epochs; it must have 1 or more')
         if self.when == 'standard' and self.cutoff is not None:
@@ -86,13 +90,17 @@ class RateOverTime(NamedTuple):
     def share(self, epoch: float) -> float:
         """The share of the full rates that an epoch has, counted from 0."""
         cutoff = self.cutoff or 0
-        if self.when == 'early':
-            if epoch >= cutoff:
-                return 0.
-            return 1. if self.change == 'constant' else 1. - epoch / cutoff
-        if epoch < cutoff:
+        if (epoch < cutoff) != (self.when == 'early'):
             return 0.
-        return 1. if self.change == 'constant' else min(1., (epoch + 1 - cutoff) / (self.epochs - cutoff))
+        if self.change == 'constant':
+            return 1.
+        share = 1. - epoch / cutoff if self.when == 'early' else (epoch + 1 - cutoff) / (self.epochs - cutoff)
+        return min(1., max(0., share))  # of an epoch that is none of the training
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the rates are the same in all epochs."""
+        return (self.when, self.change, self.cutoff) == ('standard', 'constant', None)
 
     @property
     def mean_share(self) -> float:

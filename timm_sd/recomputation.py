@@ -99,8 +99,8 @@ class PassMemory:
             if may_be_recomputed:
                 self.draws[place] = known
                 self.threads.add(threading.get_ident())
-                _shorten(self.draws, REMEMBERED_PASSES * self.depth)
-                _shorten(self.beginnings, REMEMBERED_BEGINNINGS)
+                _forget_first(self.draws, REMEMBERED_PASSES * self.depth)
+                _forget_first(self.beginnings, REMEMBERED_BEGINNINGS)
         if may_be_recomputed:
             _advance_generator()
 
@@ -130,8 +130,8 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _shorten(remembered: dict[Any, Any], size: int) -> None:
-    """Forgets what was noted first."""
+def _forget_first(remembered: dict[Any, Any], size: int) -> None:
+    """Forgets what was noted first, until so many are left."""
     while len(remembered) > size:
         del remembered[next(iter(remembered))]
 

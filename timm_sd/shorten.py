@@ -3,68 +3,29 @@
 A network that was trained with stochastic depth does not rely on any one block, so that it bears this without further
 training. (LayerDrop, arXiv 1909.11556, and LayerSkip, arXiv 2404.16710, found so of transformers.)
 
-A block that is taken out leaves its shortcut in its place. So the names of all other weights stay, and what is left is
-saved by `timm.models.save_for_hf` and loaded by `timm.create_model('local-dir:FOLDER', pretrained=True)`: config.json
-names the architecture 'shortened', and in `model_args` the one that it was, and the blocks that are gone.
+shortened.py has what is left, and how it is saved and loaded.
 """
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from itertools import chain, groupby
+from numbers import Integral
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from .block_probe import training_mode
 from .compute import branch_shares
 from .convert import remove_stochastic_depth
-from .hub import build_model
-from .probe import residual_blocks
+from .probe import example_arguments, residual_blocks
+from .scaled_block import features
+from .shortened import remove_blocks, take_out
 from .stochastic_depth import Residual
 
-__all__ = ['Shortcut']  # a list, as timm's registry wants it; register_model appends the entry point
-
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-
-
-class Shortcut(nn.Module):
-    """What stays of a residual block without its branch: the identity, or the modules of its shortcut.
-
-    Args:
-        block: The block.
-        path: Names of its modules that are the shortcut and the activation behind the addition, in their order.
-        relu: Whether there is a ReLU behind them that is no module.
-        passes_on: What a block that returns a tuple has behind its features there: the places of arguments behind the
-            input, from 0, or -1 for None. None of a block that returns its features alone.
-    """
-
-    def __init__(self, block: nn.Module, path: Sequence[str] = (), relu: bool = False,
-                 passes_on: Sequence[int] | None = None) -> None:
-        super().__init__()
-        for name in path:
-            self.add_module(name, getattr(block, name))
-        # private, for a block may have a module of any name
-        self._relu, self._passes_on = relu, None if passes_on is None else list(passes_on)
-        self.train(block.training)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The arguments that made it, but the block and what is as by default; for config.json."""
-        path, passes_on = list(self._modules), self._passes_on
-        return {**(dict(path=path) if path else {}), **(dict(relu=True) if self._relu else {}),
-                **({} if passes_on is None else dict(passes_on=passes_on))}
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The features `x` (B, ...) through the shortcut; the other arguments of the block go nowhere else."""
-        y = x
-        for name in self._modules:
-            module = getattr(self, name)
-            y = module(y.clone() if getattr(module, 'inplace', False) else y)
-        if self._relu:
-            y = F.relu(y)
-        return y if self._passes_on is None else (y, *(None if place < 0 else args[place] for place in self._passes_on))
 
 
 def _config(residual: Residual) -> dict[str, Any]:
@@ -77,56 +38,51 @@ def _config(residual: Residual) -> dict[str, Any]:
     return dict(path=path, relu=relu, passes_on=residual.passes_on if residual.returns_tuple else None)
 
 
-class _Place(NamedTuple):
-    """Where a block stands, and the `Shortcut.config` of it."""
+class _Block(NamedTuple):
+    """A residual block that can be taken out.
+
+    Attributes:
+        name: Of its module.
+        config: See `Shortcut.config`.
+        residual: See `Residual`.
+        features: Size of its output, of one image.
+    """
     name: str
     config: dict[str, Any]
+    residual: Residual
+    features: int
 
 
-def _find_blocks(model: nn.Module, example_input: Any) -> tuple[list[Residual], list[_Place]]:
+def _find_blocks(model: nn.Module, example_input: Any) -> list[_Block]:
+    """The blocks in the order of the forward pass."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, '_orig_mod'):
+        raise ValueError(f'{type(model).__name__} wraps a network; pass the network itself')
     residuals = residual_blocks(model, example_input=example_input).closable
     if not residuals:
         raise ValueError(f'{type(model).__name__} has no residual block that could be taken out')
-    names = {module: name for name, module in model.named_modules()}
-    return residuals, [_Place(names[residual.block], _config(residual)) for residual in residuals]
+    names, sizes = {module: name for name, module in model.named_modules()}, {}
+    args, kwargs = example_arguments(model, example_input)
+
+    def note(block: nn.Module, args: tuple, output: Any) -> None:
+        sizes[block] = features(output)[0].numel()
+    with training_mode(model, False), torch.no_grad(), ExitStack() as hooks:
+        for residual in residuals:
+            hooks.callback(residual.block.register_forward_hook(note).remove)
+        model(*args, **kwargs)
+    return [_Block(names[each.block], _config(each), each, sizes[each.block]) for each in residuals]
 
 
-def remove_blocks(model: nn.Module, removed: dict[str, dict[str, Any]]) -> nn.Module:
-    """Takes blocks out of a network, in place.
-
-    Args:
-        model: The network.
-        removed: The `Shortcut.config` of each block by its name, as `removed_blocks` gives them.
-
-    Returns:
-        The same network.
-
-    Raises:
-        ValueError: If it has no such block.
-    """
-    for name, config in removed.items():
-        parent, _, child = name.rpartition('.')
-        try:
-            setattr(model.get_submodule(parent), child, Shortcut(model.get_submodule(name), **config))
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f'{type(model).__name__} has no block {name} that could be taken out ({error})') from error
-    return model
-
-
-def removed_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The blocks that were taken out of a network: the `Shortcut.config` of each by its name."""
-    return {name: module.config for name, module in model.named_modules() if isinstance(module, Shortcut)}
-
-
-def _from_the_ends(places: Sequence[_Place]) -> list[int]:
+def _from_the_ends(sizes: Sequence[int]) -> list[int]:
     """The order in which blocks go: those at the end of their stage first, of all stages in proportion.
 
-    The first block of a stage, which changes the shape, goes last. Of two in the same place the deeper one goes first.
+    A stage is a row of blocks whose outputs have the same size. Its first block goes last. Of two in the same place the
+    deeper one goes first.
+
+    Args:
+        sizes: Of the output of each block.
     """
-    stages: dict[str, list[int]] = {}
-    for index, place in enumerate(places):
-        stages.setdefault(place.name.rpartition('.')[0], []).append(index)
-    depth = {index: number / len(stage) for stage in stages.values() for number, index in enumerate(stage)}
+    stages = [list(stage) for _, stage in groupby(range(len(sizes)), key=sizes.__getitem__)]
+    depth = {index: number / len(stage) for stage in stages for number, index in enumerate(stage)}
     return sorted(depth, key=lambda index: (-depth[index], -index))
 
 
@@ -151,55 +107,46 @@ def shorten(model: nn.Module, blocks: int | None = None, share: float | None = N
     Raises:
         ValueError: If there are no such blocks, or the multiplications can't be as few as that.
     """
-    residuals, places = _find_blocks(model, example_input)
-    order = list(_from_the_ends(places) if order is None else order)
-    if len(set(order)) < len(order) or not set(order) <= set(range(len(places))):
-        raise ValueError(f'order is {order}; it must be different numbers of the blocks, 0 ... {len(places) - 1}')
+    found, name = _find_blocks(model, example_input), type(model).__name__
+    order = _from_the_ends([block.features for block in found]) if order is None else [int(index) for index in order]
+    if len(set(order)) < len(order) or not set(order) <= set(range(len(found))):
+        raise ValueError(f'order is {order}; it must be different numbers of the blocks, 0 ... {len(found) - 1}')
     if (blocks is None) == (share is None):
         raise ValueError(f'blocks is {blocks} and share {share}; give one of them')
-    remove_stochastic_depth(model)
-    if blocks is not None:
-        if not 0 <= blocks <= len(places):
-            raise ValueError(f'blocks is {blocks}; {type(model).__name__} has {len(places)} residual blocks, of which '
-                             'so many can stay, or fewer')
-        count = len(places) - blocks
+    if blocks is None:
+        count = _count_for_share(model, [found[index].residual for index in order], share, example_input)
+    elif not isinstance(blocks, Integral) or not 0 <= blocks <= len(found):
+        raise ValueError(f'blocks is {blocks!r}; {name} has {len(found)} residual blocks, of which so many can stay '
+                         'or fewer')
     else:
-        count = _count_for_share(model, residuals, order, share, example_input)
+        count = len(found) - int(blocks)
     if count > len(order):
         raise ValueError(f'order has {len(order)} blocks, and {count} would have to go')
-    remove_blocks(model, {places[index].name: places[index].config for index in order[:count]})
+    if bn_batches is not None:
+        batches = iter(bn_batches)
+        try:
+            bn_batches = chain([next(batches)], batches)
+        except StopIteration:  # then update_bn would leave batch norm without statistics
+            raise ValueError('bn_batches holds no images; a generator can be read once') from None
+    remove_stochastic_depth(model)
+    remove_blocks(model, {found[index].name: found[index].config for index in order[:count]})
     if bn_batches is not None:
         update_bn(bn_batches, model, next(model.parameters()).device)
-    _describe(model)
     return model
 
 
-def _count_for_share(model: nn.Module, residuals: Sequence[Residual], order: Sequence[int], share: Any,
-                     example_input: Any) -> int:
-    """How many blocks have to go until at most `share` of the multiplications is left."""
-    if not 0. < share <= 1.:
-        raise ValueError(f'share is {share}; it must be a number in (0, 1]')
-    shares = branch_shares(model, [(each.block, each.shortcut_path) for each in residuals], example_input)
-    left = [1.]
-    for index in order:
-        left.append(left[-1] - shares[index])
-    for count, value in enumerate(left):
-        if value <= share + 1e-9:
+def _count_for_share(model: nn.Module, residuals: Sequence[Residual], share: Any, example_input: Any) -> int:
+    """How many blocks have to go, in this order, until at most `share` of the multiplications is left."""
+    if not isinstance(share, int | float) or not 0. < share <= 1.:
+        raise ValueError(f'share is {share!r}; it must be a number in (0, 1]')
+    left = 1.
+    for count, of_branch in enumerate([0., *branch_shares(
+            model, [(each.block, each.shortcut_path) for each in residuals], example_input)]):
+        left -= of_branch
+        if left <= share + 1e-9:
             return count
-    raise ValueError(f'share is {share}, and {left[-1]:.3f} of the multiplications lie outside of the residual '
-                     'branches that may go')
-
-
-def _describe(model: Any) -> None:
-    """Lets timm's `save_for_hf` write which blocks are gone, for a network of timm's."""
-    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, '_model_args'):
-        return
-    cfg, args = dict(model.pretrained_cfg), {
-        name: value for name, value in model._model_args.items() if not name.startswith('drop_path')}
-    if cfg['architecture'] != 'shortened':
-        args['architecture'] = cfg['architecture']
-    model._model_args = dict(args, removed_blocks=removed_blocks(model))
-    model.pretrained_cfg = model.default_cfg = dict(cfg, architecture='shortened')
+    raise ValueError(f'share is {share}, and {left:.3f} of the multiplications lie outside of the residual branches '
+                     'that may go')
 
 
 @torch.no_grad()
@@ -226,41 +173,20 @@ def rank_blocks(model: nn.Module, batches: Batches,
     device = next(model.parameters()).device
     if iter(batches) is batches:  # a generator, which could be read once
         batches = list(batches)
-    _, places = _find_blocks(model, example_input)
+    found = _find_blocks(model, example_input)
 
-    def measure(place: _Place) -> float:
-        parent_name, _, child = place.name.rpartition('.')
-        parent, block = model.get_submodule(parent_name), model.get_submodule(place.name)
-        remove_blocks(model, {place.name: place.config})
+    def measure(block: _Block) -> float:
+        parent, _, child = block.name.rpartition('.')
+        take_out(model, {block.name: block.config})
         try:
-            return sum(loss(model(x.to(device)), y.to(device)).item() * len(x) for x, y in batches)
+            losses = [(loss(model(x.to(device)), y.to(device)).item() * len(x), len(x)) for x, y in batches]
         finally:
-            setattr(parent, child, block)
+            setattr(model.get_submodule(parent), child, block.residual.block)
+        if not losses or not math.isfinite(sum(each for each, _ in losses)):
+            raise ValueError(f'without {block.name} the loss is not a number' if losses else
+                             'there are no images to rank blocks by')
+        return sum(each for each, _ in losses) / sum(images for _, images in losses)
 
     with training_mode(model, False):
-        losses = [measure(place) for place in places]
-    if not any(losses):
-        raise ValueError('there are no images to rank blocks by')
-    return sorted(range(len(places)), key=losses.__getitem__)
-
-
-# register_model reads this table at decoration time: it must stand above the entry point
-default_cfgs = generate_default_cfgs({'shortened': {}})
-
-
-def _build_shortened(architecture: str = '', removed_blocks: dict[str, dict[str, Any]] | None = None,
-                     **kwargs: Any) -> nn.Module:
-    if architecture == 'shortened' or not timm.is_model(architecture):
-        raise ValueError(f"'shortened' is made by timm_sd.shorten, saved by timm.models.save_for_hf, and loaded by "
-                         f"'local-dir:' or 'hf-hub:'; the architecture {architecture!r} is none that it could be of")
-    if 'drop_path_rate' in kwargs:
-        raise ValueError(f'drop_path_rate is {kwargs["drop_path_rate"]}, but a shortened network is plain; call '
-                         'timm_sd.add_stochastic_depth')
-    model = timm.create_model(architecture, **kwargs)
-    return remove_blocks(remove_stochastic_depth(model), removed_blocks or {})
-
-
-@register_model
-def shortened(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Any network of timm's that lost residual blocks; see `timm_sd.shorten`."""
-    return build_model(_build_shortened, 'shortened', pretrained, **kwargs)  # type: ignore[arg-type]
+        means = [measure(block) for block in found]
+    return sorted(range(len(found)), key=means.__getitem__)

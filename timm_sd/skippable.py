@@ -85,7 +85,7 @@ class DropPathSlot(DropPath):
                 if self.training and self.gates.over_time is not None:
                     self.gates.check_epoch()
                     if torch.compiler.is_compiling():
-                        return self._drop_samples(x, self.gates.survival_probs[self.index].to(x))
+                        return self._drop_samples(x, self.gates.survival_probs[self.index].to(x.device))
                 return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
             if self.training and self.gates.active and not _is_traced(x):
                 raise RuntimeError(f'the drop path of block {self.index + 1} knows its gate in the forward of the '
@@ -129,7 +129,6 @@ class SkippableBlock(nn.Module):
         chained: Whether its output goes to nothing but the next block that can be skipped.
         returns_tuple: Whether its features come first in a tuple.
         passes_on: What is behind them there: the places of arguments behind the input, from 0, or -1 for None.
-        is_compiled: Whether a part of it is.
         compiled_forward: The forward of its class, compiled, or None.
     """
     plain_class: type[nn.Module]
@@ -142,12 +141,10 @@ class SkippableBlock(nn.Module):
     chained: bool
     returns_tuple: bool
     passes_on: list[int]
-    is_compiled: bool
     compiled_forward: Any
 
     def compile(self, **options: Any) -> None:
         """Compiles what the gate lets run; nn.Module's own would compile the gate too, anew for each pattern."""
-        self.is_compiled = True
         if self.plain_class.compile is nn.Module.compile:
             self.compiled_forward = torch.compile(self.plain_class.forward, **options)
         else:
@@ -242,26 +239,25 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
     slot, all_slots = next(iter(slots.values())), len(slots) == len(block.drop_path_slots)
     draw = slot.gates.ask(slot.index)
     survival_prob = 1. - draw.rates[slot.index]
-    is_compiled = block.is_compiled or torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+    # What is compiled takes the factor as a tensor: a number would be a part of the graph, and another a new build.
+    number = _as_number
+    if block.compiled_forward is not None or torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+        number = as_tensor
     if slot.gates.mode == 'subset':
         if not all_slots:
             raise RuntimeError(f"block {slot.index + 1} has another module in one of its drop_path slots, which mode "
                                "'subset' can't run on all samples; replace them all, or none")
         kept = _subset(f'{draw.key}/{slot.index}', x, survival_prob)
         factor = len(x) / max(1, len(kept)) if slot.scale_by_keep else 1.
-        branch = scaled_block(block, slots, as_tensor(factor, x.device) if is_compiled else factor)
+        branch = scaled_block(block, slots, number(factor, x))
         if len(kept) == len(x):
             return _run(branch, x, *args, **kwargs)
         shortcut = block.run_shortcut(x)
         y = features(_run(branch, on_channels_last(torch.index_select, x, kept), *args, **kwargs))
         return _output(block, on_channels_last(torch.index_copy, shortcut, kept, y.to(shortcut.dtype)), args)
     if draw.open[slot.index]:
-        factors: Any = 1., None
-        if slot.scale_by_keep and (survival_prob < 1. or is_compiled):
-            factors = 1. / survival_prob, survival_prob ** 2
-        if is_compiled:  # a number would be a part of the graph, and a new rate a new build
-            factors = as_tensor(factors[0], x.device), factors[1]
-        return _run(scaled_block(block, slots, *factors), x, *args, **kwargs)
+        factors = (1. / survival_prob, survival_prob ** 2) if slot.scale_by_keep else (1., None)
+        return _run(scaled_block(block, slots, number(factors[0], x), factors[1]), x, *args, **kwargs)
     if not all_slots:  # the branch of the other module runs
         return _run(scaled_block(block, slots, 0.), x, *args, **kwargs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -273,6 +269,10 @@ def _run_gated(block: Any, slots: dict[str, DropPathSlot], x: torch.Tensor, *arg
 def _output(block: Any, y: torch.Tensor, args: tuple) -> Any:
     """The features `y` as the block's class would return them."""
     return (y, *(None if place < 0 else args[place] for place in block.passes_on)) if block.returns_tuple else y
+
+
+def _as_number(factor: float, x: torch.Tensor) -> float:
+    return factor
 
 
 @torch.compiler.disable

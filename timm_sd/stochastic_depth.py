@@ -99,7 +99,7 @@ def make_skippable(residuals: Sequence[Residual], gates: DepthGates, initialize:
         skippable.passes_on = list(residual.passes_on)
         for name in ('relu_behind', 'chained', 'nonnegative', 'returns_tuple'):
             setattr(skippable, name, getattr(residual, name))
-        skippable.is_compiled, skippable.compiled_forward = False, None
+        skippable.compiled_forward = None
         skippable.__class__ = skippable_class(plain_class)
         if gates.scale == 'eval' and initialize:
             with torch.no_grad():

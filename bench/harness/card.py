@@ -73,11 +73,10 @@ def method_of(results: dict[str, Any]) -> tuple[str, str, str]:
 
 def over_time_of(results: dict[str, Any]) -> str:
     """How the rates of a run changed over its epochs, in words; nothing where they didn't."""
-    flags = [results['args'].get(f'drop_path_{key}') for key in ('when', 'change', 'cutoff')]
-    if flags in ([None] * 3, ['standard', 'constant', None]):  # older runs have no such flags
-        return ''
-    when, change, cutoff = flags
-    return RateOverTime(when, results['epochs'], change, cutoff).describe()
+    args = results['args']  # those of older runs lack them
+    over_time = RateOverTime(args.get('drop_path_when', 'standard'), results['epochs'],
+                             args.get('drop_path_change', 'constant'), args.get('drop_path_cutoff'))
+    return '' if over_time.is_constant else over_time.describe()
 
 
 def depth_of(results: dict[str, Any], depth: dict[str, Any]) -> dict[str, Any]:

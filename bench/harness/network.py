@@ -19,6 +19,7 @@ from harness.errors import UserError, nearest, user_errors
 from harness.run_folder import read_metadata
 from timm_sd.download import WEIGHTS_FILE, download
 from timm_sd.probe import drop_path_slots
+from timm_sd.rates import RateOverTime
 from timm_sd.weight_files import check_complete, check_finite, check_weights, checksum, stored_cfg
 
 
@@ -242,15 +243,13 @@ def set_drop_path_when(model: nn.Module, depth: DepthSettings, epochs: int) -> N
     Raises:
         UserError: If it has no gates, or the flags don't go together.
     """
-    over_time = depth.drop_path_when, depth.drop_path_change, depth.drop_path_cutoff
-    if over_time == ('standard', 'constant', None):
-        return
+    over_time = RateOverTime(depth.drop_path_when, epochs, depth.drop_path_change, depth.drop_path_cutoff)
     gates = timm_sd.depth_gates(model)
-    if gates is None or not gates.active:
-        raise UserError(f'--drop-path-when {depth.drop_path_when} --drop-path-change {depth.drop_path_change}: no '
-                        'block of the network is dropped; give a --drop-path above 0')
     with user_errors('--drop-path-when'):
-        gates.set_drop_path_when(depth.drop_path_when, epochs, depth.drop_path_change, depth.drop_path_cutoff)
+        if gates is not None:
+            gates.set_drop_path_when(*over_time)
+        elif not over_time.is_constant:
+            raise UserError('no block of the network is dropped; give a --drop-path above 0')
 
 
 def first_branch_weight(model: nn.Module) -> nn.Parameter:

@@ -68,9 +68,11 @@ def save_depths(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(x, y, marker='o', ms=4, color=colors[number % len(colors)], label=name)
         for row, place in zip(points, zip(x, y, strict=True), strict=True):
             axes.annotate(str(row['blocks']), place, xytext=(0, 6), textcoords='offset points', ha='center', fontsize=8)
-    axes.set(xlabel='images a second', ylabel='top-1 error (%)', yscale='log')
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.set(xlabel='images a second', ylabel='top-1 error (%)')
+    if all(row['top1_err'] for row in rows):  # errors grow by factors
+        axes.set_yscale('log')
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend(frameon=False, title='numbers: residual blocks that stay', alignment='left')
     save_figure(figure, [axes], path)
 

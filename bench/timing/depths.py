@@ -1,16 +1,21 @@
 """What a network is worth that loses residual blocks after training, and how fast it is then."""
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 import timm_sd
-from harness.cli import flag, non_negative_int, positive_int, unit_interval
+from harness.cli import flag, non_negative_int, positive_int, unit_interval, unmet
 from harness.data.batches import Batches
-from harness.errors import user_errors
+from harness.data.settings import HeldOutSettings, ImageSettings, SplitSettings
+from harness.data.sources import SourceSettings
+from harness.data.splits import Images, LoadedData, load_splits
+from harness.errors import UserError, user_errors
+from harness.run_folder import read_metadata
 from timing.inference import inference_rates
 from timm_sd.compute import multiplications
 from timm_sd.probe import residual_blocks
@@ -33,6 +38,57 @@ class DepthsSettings:
         """What `timm_sd.shorten` is told of each depth."""
         return [*(dict(blocks=number) for number in self.blocks or ()),
                 *(dict(share=share) for share in self.share or ())]
+
+
+def check_depths(flags: dict[str, Any]) -> None:
+    """Raises UserError unless these flags of validate.py go together."""
+    for key, needed in unmet(flags, DepthsSettings).items():
+        if flags[key] != getattr(DepthsSettings(), key):
+            raise UserError(f'--{key.replace("_", "-")} does nothing without {needed}; leave it out')
+    if flags['blocks'] and flags['share']:
+        raise UserError('--blocks and --share say the same in two ways; give one')
+    if len(flags['checkpoint'] or ()) > 1 and not (flags['blocks'] or flags['share']):
+        raise UserError('several --checkpoint are compared by --blocks or --share; give one of these')
+
+
+def load_training_images(source: SourceSettings, held_out: HeldOutSettings, split: str, images: ImageSettings,
+                         accelerator: Accelerator, channels: int, names: list[str] | None,
+                         checkpoints: Sequence[str]) -> LoadedData:
+    """The training and validation images that networks were trained with.
+
+    Args:
+        source: The data set.
+        held_out: Which of its training images are for validation.
+        split: What is evaluated.
+        images: How they are looked at.
+        accelerator: One of its processes looks for the files.
+        channels: 3, or 1 for grey.
+        names: Of the networks' classes, if they are known.
+        checkpoints: Files of the networks' weights.
+
+    Raises:
+        UserError: If their classes are counted otherwise, other images were held out in training, or the validation
+            images are those that are evaluated.
+    """
+    splits = SplitSettings(**vars(held_out), test_split=split)
+    data = load_splits(source, splits, images, accelerator, channels, sys.stderr.isatty())
+    if names is not None and data.class_names != names:
+        raise UserError('the data counts its classes otherwise than the network, which --order measured and '
+                        '--bn-images can not follow')
+    if not data.selects:
+        raise UserError(f'the validation images are those of --split {split}, and what was chosen by them can not be '
+                        'judged by them; give another --val-split')
+    for file in checkpoints:
+        theirs = read_metadata(file).get('held_out', data.record['held_out'])
+        if theirs != data.record['held_out']:
+            raise UserError(f'{file} was trained with {theirs} held out, and not {data.record["held_out"]}; give its '
+                            '--val-split, --val-per-class or --val-fraction')
+    return data
+
+
+def some_of(images: Any, count: int) -> Images:
+    """So many images of a split at random, always the same ones."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 class Pairs:
@@ -77,7 +133,7 @@ def measure_depths(networks: dict[str, Any], settings: DepthsSettings, evaluate:
                                         example_input=example, **depth)
                 gone = timm_sd.removed_blocks(short)
                 rows.append(dict(network=name, blocks=total - len(gone),
-                                 share=round(multiplications(short, example) / full, 4), removed=list(gone),
+                                 share=round(multiplications(short, example) / full, 4), removed=gone,
                                  **evaluate(short)))
                 shortened.append(short)
     rates = inference_rates(shortened, [size] * len(shortened), amp, settings.rounds)

@@ -2,6 +2,7 @@
 import copy
 import csv
 import json
+import shutil
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ import timm
 import timm_sd
 from harness import plots
 from harness.card import make_card
+from harness.errors import UserError
 from harness.repository import read_run, write_card_folder
 from publish import compare
 from support.commands import read_results, refused, run_here, weights
@@ -43,7 +45,7 @@ def test_each_depth_is_the_shortened_network(measured, toy_folder, tmp_path):
     for row in found['rows']:
         folder = folders[row['network']]
         model = timm_sd.shorten(trained_network(folder), blocks=row['blocks'])
-        assert list(timm_sd.removed_blocks(model)) == row['removed']
+        assert timm_sd.removed_blocks(model) == row['removed']
         assert found['weights_sha256'][row['network']] == read_results(folder)['weights_sha256']
         timm.models.save_for_hf(model, tmp_path / 'short', safe_serialization=True)
         alone = run_here('validate.py', '--model', f'local-dir:{tmp_path / "short"}', '--data-dir', toy_folder,
@@ -107,6 +109,9 @@ def test_a_measured_order_and_new_statistics(finished, toy_folder):
     (('--bn-images', '5'), '--bn-images does nothing without --blocks or --share'),
     (('--blocks', '5', '--results-file', 'NOWHERE/d.csv'), '--results-file'),
     (('--blocks', '5', '--order', 'measured', '--val-per-class', '40'), 'leaves nothing of class'),
+    (('--blocks', '5', '--bn-images', '9', '--val-per-class', '4'), 'was trained with [3] of each class held out, and '
+                                                                    'not [4] of each class'),
+    (('--blocks', '5', '--order', 'measured', '--val-split', 'test'), 'can not be judged by them'),
 ])
 def test_what_can_not_be_is_one_line(finished, toy_folder, tmp_path, flags, words):
     flags = [flag.replace('NOWHERE', str(tmp_path / 'nowhere')) for flag in flags]
@@ -114,11 +119,14 @@ def test_what_can_not_be_is_one_line(finished, toy_folder, tmp_path, flags, word
                             *flags)
 
 
-def test_several_checkpoints_are_compared_by_depths_alone(measured, trained, toy_folder):
+def test_several_checkpoints_are_compared_by_depths_alone(measured, trained, toy_folder, tmp_path):
     folders = measured[0]
     files = [folder / 'model.safetensors' for folder in folders.values()]
     assert 'are compared by --blocks or --share' in refused('validate.py', '--checkpoint', *files, '--data-dir',
                                                             toy_folder)
+    twin = shutil.copytree(folders['finished'], tmp_path / 'finished')
+    assert "two are called 'finished'" in refused(
+        'validate.py', '--checkpoint', files[0], twin / 'model.safetensors', '--data-dir', toy_folder, '--blocks', '5')
     other = trained / 'model.safetensors'
     assert 'has another label_names than' in refused('validate.py', '--checkpoint', files[0], other, '--data-dir',
                                                      toy_folder, '--blocks', '5')
@@ -140,12 +148,14 @@ def test_the_card_shows_what_was_measured(measured, run_folder, tmp_path):
     text = card(depth)
     for row in depth['rows'][:3]:
         assert f'| {row["blocks"]} | {100 * row["share"]:.0f} % | {row["top1_err"]:.2f} |' in text
-    assert 'The blocks at the end of each stage go first.' in text
+    assert 'The blocks at the end of each stage go first, as by `timm_sd.shorten(model, blocks=N)`.' in text
     assert 'Beside them in the picture: constant.' in text
     assert '![Error over images a second with fewer blocks](depth.png)' in text
     assert (tmp_path / 'card' / 'depth.png').read_bytes().startswith(b'\x89PNG')
-    with pytest.raises(Exception, match='is of other weights than'):
-        card(found)
+    assert 'that matter least on the validation images go first; `depth.json`' in card(dict(depth, order='measured'))
+    for wrong in (found, dict(rows=found['rows'])):
+        with pytest.raises(UserError, match='is of other weights than'):
+            card(wrong)
 
 
 def test_a_card_tells_how_rates_changed(run_folder, tmp_path):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_sd
 from support.networks import pictures, toy
+from timm_sd.functional import as_tensor, scaled
 from timm_sd.rates import RateOverTime
 from timm_sd.skippable import DropPathSlot
 
@@ -42,12 +43,20 @@ def rates_by_epoch(gates, epochs):
 def test_the_rate_of_each_epoch(when, change, cutoff, shares):
     _, gates = network(rate=0.4)
     gates.set_drop_path_when(when, 6, change, cutoff)
+    assert gates.drop_path_rates[-1] == pytest.approx(0.4 * shares[0])  # at once
+    assert gates.mean_depth == pytest.approx(3 - 3 * 0.4 * sum(shares) / 6)
     assert rates_by_epoch(gates, 6) == pytest.approx([0.4 * share for share in shares])
 
 
 def test_early_is_late_backwards():
     early, late = RateOverTime('early', 10, 'linear', 7), RateOverTime('late', 10, 'linear', 3)
     assert [early.share(epoch) for epoch in range(10)] == pytest.approx([late.share(9 - epoch) for epoch in range(10)])
+
+
+@pytest.mark.parametrize(('when', 'cutoff', 'epoch', 'share'), [
+    ('early', 1, -1, 1.), ('early', 4, 9, 0.), ('late', 4, 9, 1.), ('late', 4, -1, 0.)])
+def test_an_epoch_that_is_none_of_the_training_has_a_rate_all_the_same(when, cutoff, epoch, share):
+    assert RateOverTime(when, 6, 'linear', cutoff).share(epoch) == share
 
 
 def test_a_schedule_in_depth_keeps_its_proportions():
@@ -68,6 +77,8 @@ def test_a_schedule_in_depth_keeps_its_proportions():
     (dict(when='early', epochs=4, cutoff=-1), 'at which dropping ends'),
     (dict(when='standard', epochs=4, cutoff=2), "drop_path_when 'standard' has none"),
     (dict(when='standard', epochs=0), 'has 0 epochs'),
+    (dict(when='early', epochs=4, cutoff=2.5), 'drop_path_cutoff is 2.5; it must be a whole number'),
+    (dict(when='early', epochs='4', cutoff=2), "epochs is '4'"),
 ])
 def test_bad_values_are_named_and_nothing_is_changed(flags, words):
     _, gates = network()
@@ -79,7 +90,7 @@ def test_bad_values_are_named_and_nothing_is_changed(flags, words):
 
 def test_rates_of_zero_have_no_schedule():
     _, gates = network(rate=0.)
-    with pytest.raises(ValueError, match='all drop path rates are 0'):
+    with pytest.raises(ValueError, match="drop_path_when is 'early', drop_path_change 'constant', but all"):
         gates.set_drop_path_when('early', 4, cutoff=2)
     gates.set_drop_path_when('standard', 4)
 
@@ -89,7 +100,7 @@ def test_another_rate_is_refused_until_the_schedule_is_taken_back():
     gates.set_drop_path_when('late', 4, cutoff=2)
     slot = next(module for module in model.modules() if isinstance(module, DropPathSlot))
     for change in (lambda: gates.set_drop_path_rate(0.3), lambda: setattr(slot, 'drop_prob', 0.3)):
-        with pytest.raises(ValueError, match='change with the epoch, late'):
+        with pytest.raises(ValueError, match='follow the epoch, late from epoch 2, constant; end that by'):
             change()
     gates.set_drop_path_when('standard', 4)
     assert gates.drop_path_rates == (0.5,) * 3
@@ -155,6 +166,19 @@ def test_in_epochs_at_rate_zero_every_block_runs_as_in_the_plain_network():
         assert torch.equal(model(x), plain(x))
 
 
+def test_a_pass_that_was_left_half_way_has_no_gates_of_the_old_rate():
+    model, gates = network()
+    gates.set_drop_path_when('late', 4, cutoff=2)
+    gates.set_epoch(3)
+    first, second, _ = (*model.layer1, *model.layer2, *model.layer3)
+    x = first(model.forward_stem(pictures()))
+    gates.set_drop_path_when('standard', 4)
+    gates.set_drop_path_rate(0.)
+    step = gates.step
+    second(x)
+    assert gates.step == step + 1
+
+
 @pytest.mark.parametrize('reentrant', [False, True])
 def test_a_recomputation_has_the_rate_and_the_gates_of_its_pass(reentrant):
     def gradients(call):
@@ -209,6 +233,14 @@ def test_a_state_dict_holds_the_schedule():
     assert rates_by_epoch(other, 8) == rates_by_epoch(gates, 8)
 
 
+def test_a_state_dict_of_another_depth_leaves_the_schedule():
+    _, gates = network()
+    gates.set_drop_path_when(**EARLY)
+    with pytest.raises(ValueError, match='2 drop path rates for 3 blocks'):
+        gates.load_state_dict(dict(gates.state_dict(), drop_path_rates=[0.1, 0.2]))
+    assert rates_by_epoch(gates, 5)[-1] == 0.
+
+
 def test_a_state_dict_of_an_older_version_leaves_the_schedule():
     _, gates = network()
     state = gates.state_dict()
@@ -234,21 +266,23 @@ def counting(builds):
     ('sd_resnet20_cifar', 'batch', 'eval', True), ('sd_resnet20_cifar', 'sample', 'train', True),
     ('test_convnext', 'batch', 'train', False), ('test_resnet', 'batch', 'eval', False),
     ('test_convnext', 'batch', 'train', True), ('test_vit', 'batch', 'train', False),
+    ('test_convnext', 'subset', 'train', False), ('sd_resnet20_cifar', 'subset', 'train', False),
 ])
 def test_a_new_rate_is_no_new_build(name, mode, scale, whole):
+    """In mode 'subset' it is another size of the batch, which the second build has for all but the whole batch."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     if name.startswith('sd_'):
-        model = timm.create_model(name, drop_path_mode=mode, drop_path_scale=scale)
+        model = timm.create_model(name, drop_path_mode=mode, drop_path_scale=scale, drop_path_schedule='uniform')
     else:
-        model = timm_sd.add_stochastic_depth(timm.create_model(name), 0.5, mode=mode, scale=scale)
+        model = timm_sd.add_stochastic_depth(timm.create_model(name), 0.5, 'uniform', mode=mode, scale=scale)
     twin, builds = copy.deepcopy(model.train()), []
     if whole:
         model.compile(backend=counting(builds))
     else:
         timm_sd.compile_blocks(model, backend=counting(builds))
     gates, theirs = timm_sd.depth_gates(model), timm_sd.depth_gates(twin)
-    x = torch.randn(4, *model.pretrained_cfg['input_size'])
+    x = torch.randn(16 if mode == 'subset' else 4, *model.pretrained_cfg['input_size'])
     numbers = []
     for each in (gates, theirs):
         each.set_drop_path_when('early', 14, 'linear', 12)
@@ -261,8 +295,46 @@ def test_a_new_rate_is_no_new_build(name, mode, scale, whole):
             if mode != 'sample':  # whose masks are others where it is compiled
                 assert torch.allclose(y, twin(x), atol=1e-4)
         numbers.append(len(builds))
-    assert numbers[2] == numbers[-1], numbers
+    assert numbers[2] == numbers[11 if mode == 'subset' else -1], numbers
     assert builds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_compiled_blocks_scale_as_exactly_as_others(dtype):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = timm_sd.add_stochastic_depth(timm.create_model('test_convnext'), 0.3).train().to(dtype)
+    twin, x = copy.deepcopy(model), torch.randn(2, *model.pretrained_cfg['input_size'], dtype=dtype)
+    timm_sd.compile_blocks(model, backend='eager')
+    for _ in range(4):
+        assert torch.equal(model(x), twin(x))
+
+
+def test_a_factor_is_not_rounded_to_16_bits():
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(scaled(x, torch.tensor(1.3)), (1.3 * x.float()).bfloat16())
+
+
+def test_a_factor_may_be_made_anywhere():
+    """It is used again elsewhere."""
+    with torch.inference_mode():
+        factor = as_tensor(1.234, torch.ones(1))
+    x = torch.ones(3, requires_grad=True)
+    scaled(x, factor).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 1.234))
+    double = torch.ones(1, dtype=torch.float64)
+    with torch.device('meta'):
+        assert as_tensor(1.235, double).item() == 1.235
+
+
+def test_the_tensor_of_what_is_compiled_stays():
+    _, gates = network('sample')
+    tensor = gates.survival_probs
+    gates.set_drop_path_when(**EARLY)
+    gates.set_epoch(1)
+    assert gates.survival_probs is tensor
+    assert tensor.tolist() == [1 - 0.375] * 3
 
 
 @pytest.mark.slow

@@ -272,6 +272,27 @@ def test_a_schedule_that_can_not_be_is_one_line(prefix, capsys, flags, rate, sch
     assert words in line
 
 
+def test_a_shortened_network_is_one_of_timms(prefix, tmp_path):
+    for name in ('test_resnet', 'sd_resnet20_cifar'):
+        model = timm_sd.shorten(timm.create_model(name), blocks=3)
+        timm.models.save_for_hf(model, tmp_path / name, safe_serialization=True)
+    for flags in (dict(mode=None), dict(mode='batch')):
+        prefix(**flags)
+        for name in ('test_resnet', 'sd_resnet20_cifar'):
+            model = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True)
+            assert timm_sd.depth_gates(model) is None
+            assert len(timm_sd.removed_blocks(model)) in (1, 6)
+    model = timm.create_model(f'local-dir:{tmp_path / "test_resnet"}', pretrained=True, drop_path_rate=0.2)
+    assert len(timm_sd.depth_gates(model).open) == 3
+
+
+def test_rates_of_samples_are_refused(prefix, capsys):
+    prefix(None, when='early', cutoff=2)
+    with pytest.raises(SystemExit):
+        timm.create_model('sd_resnet20_cifar', drop_path_mode='sample')
+    assert 'give --drop-path-mode' in capsys.readouterr().err
+
+
 def test_rates_would_lag_in_a_loop_that_tells_the_epoch_that_has_ended(prefix, capsys):
     prefix(when='early', cutoff=3)
     model = small(drop_path_rate=0.3)

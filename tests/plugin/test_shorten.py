@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_sd
 from support.networks import blocks_of, pictures, toy
 from timm_sd.probe import drop_path_slots, residual_blocks
-from timm_sd.shorten import Shortcut, _find_blocks, _from_the_ends
+from timm_sd.shorten import _find_blocks, _from_the_ends
+from timm_sd.shortened import Shortcut
 
 # A ViT, a ConvNeXt, a Swin, ResNets, and one whose blocks return tuples.
 NAMES = ['vit_tiny_patch16_224', 'convnext_atto', 'swin_tiny_patch4_window7_224', 'resnet18', 'resnet50',
@@ -142,13 +143,24 @@ def test_networks_of_other_libraries():
 # --- which blocks go
 
 
+def order_of(name):
+    blocks = _find_blocks(timm.create_model(name), None)
+    names = [blocks[index].name for index in _from_the_ends([block.features for block in blocks])]
+    assert sorted(names) == sorted(block.name for block in blocks)
+    return names
+
+
 def test_stages_lose_blocks_from_their_ends_in_proportion():
-    model = timm.create_model('resnet50')  # stages of 3, 4, 6 and 3 blocks
-    _, places = _find_blocks(model, None)
-    names = [places[index].name for index in _from_the_ends(places)]
+    names = order_of('resnet50')  # stages of 3, 4, 6 and 3 blocks
     assert names[:7] == ['layer3.5', 'layer2.3', 'layer4.2', 'layer3.4', 'layer1.2', 'layer3.3', 'layer2.2']
     assert set(names[-4:]) == {f'layer{stage}.0' for stage in (1, 2, 3, 4)}
-    assert sorted(names) == sorted(place.name for place in places)
+
+
+def test_a_stage_is_what_has_one_size_however_its_blocks_are_nested():
+    """DaViT's are stages.2.blocks.1.0, for positions, and stages.2.blocks.1.1, for channels."""
+    names = order_of('davit_tiny')
+    assert names[:4] == ['stages.2.blocks.2.1', 'stages.2.blocks.2.0', 'stages.3.blocks.0.1', 'stages.2.blocks.1.1']
+    assert set(names[-4:]) == {f'stages.{stage}.blocks.0.0' for stage in range(4)}
 
 
 @pytest.mark.parametrize(('name', 'share'), [('convnext_atto', 0.75), ('resnet18', 0.6), ('sd_resnet20_cifar', 0.9)])
@@ -199,6 +211,10 @@ def test_batch_norm_is_estimated_anew_only_where_it_is_asked_for():
 @pytest.mark.parametrize(('flags', 'words'), [
     (dict(blocks=7), 'blocks is 7; ResNetCifar has 6 residual blocks'),
     (dict(blocks=-1), 'blocks is -1'),
+    (dict(blocks=3.), 'blocks is 3.0'),
+    (dict(blocks='3'), "blocks is '3'"),
+    (dict(share='0.8'), "share is '0.8'"),
+    (dict(blocks=3, bn_batches=iter(())), 'bn_batches holds no images'),
     (dict(), 'blocks is None and share None; give one of them'),
     (dict(blocks=3, share=0.5), 'give one of them'),
     (dict(share=0.), r'share is 0.0; it must be a number in \(0, 1\]'),
@@ -209,16 +225,37 @@ def test_batch_norm_is_estimated_anew_only_where_it_is_asked_for():
     (dict(blocks=3, order=[0, 1]), 'order has 2 blocks, and 3 would have to go'),
 ])
 def test_bad_values_are_named_and_no_block_goes(flags, words):
-    model = toy(2, drop_path_rate=0.)
+    model = toy(2, drop_path_rate=0.5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=words) as error:
         shorten(model, **flags)
     assert '\n' not in str(error.value)
     assert not timm_sd.removed_blocks(model)
+    assert timm_sd.depth_gates(model).active
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_network_without_residual_blocks():
     with pytest.raises(ValueError, match='VGG has no residual block that could be taken out'):
         timm_sd.shorten(timm.create_model('vgg11'), blocks=1)
+
+
+def test_a_wrapped_network_is_refused():
+    """Its config would not say which blocks are gone."""
+    with pytest.raises(ValueError, match='DataParallel wraps a network; pass the network itself'):
+        shorten(nn.DataParallel(toy(2)), blocks=3)
+    with pytest.raises(ValueError, match='OptimizedModule wraps a network'):
+        shorten(torch.compile(toy(2)), blocks=3)
+
+
+def test_images_that_rank_nothing_are_refused():
+    model = toy(2, drop_path_rate=0.)
+    for batches in ([], iter(())):
+        with pytest.raises(ValueError, match='there are no images to rank blocks by'):
+            timm_sd.rank_blocks(model, batches, example_input=pictures())
+    with pytest.raises(ValueError, match=r'without layer1\.0 the loss is not a number'):
+        timm_sd.rank_blocks(model, [(pictures() * float('nan'), torch.arange(4))], example_input=pictures())
+    assert not timm_sd.removed_blocks(model)
 
 
 # --- saved and loaded
@@ -253,6 +290,41 @@ def test_it_is_saved_and_loaded_like_any_other(name, tmp_path):
     assert torch.equal(y, model(image(model)))
     assert torch.equal(y, twice)
     assert (tuple(shape), removed) == ((1, 3), timm_sd.removed_blocks(model))
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_convnext', 'sd_resnet20_cifar'])
+def test_loaded_as_feature_maps(name, tmp_path):
+    model = network(name)
+    timm.models.save_for_hf(timm_sd.shorten(model, blocks=3), tmp_path, safe_serialization=True)
+    maps = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True).eval()(image(model))
+    whole = timm.create_model(name, features_only=True).feature_info.out_indices
+    expected = model.forward_intermediates(image(model), indices=list(whole), intermediates_only=True)
+    assert len(maps) == len(expected) > 0
+    assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'sd_resnet20_cifar'])
+def test_torchscript_and_exports_see_what_is_left(name):
+    model = network(name)
+    timm_sd.shorten(model, blocks=len(closable(model)) - 3, order=[0, 2, 4])
+    x = image(model)
+    scripted, exported = torch.jit.script(model), torch.export.export(model, (x,)).module()
+    assert torch.allclose(scripted(x), model(x), atol=1e-6)
+    assert torch.allclose(exported(x), model(x), atol=1e-6)
+
+
+def test_swins_may_change_their_input_size():
+    model = timm_sd.shorten(network('swin_tiny_patch4_window7_224'), blocks=8)
+    model.set_input_size((256, 256), window_size=8)
+    assert model(torch.randn(1, 3, 256, 256)).shape == (1, 5)
+
+
+def test_what_is_left_by_hand_is_saved_as_well(tmp_path):
+    removed = timm_sd.removed_blocks(timm_sd.shorten(network('resnet18'), blocks=5))
+    model = timm_sd.remove_blocks(network('resnet18'), removed)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, drop_path_rate=0.).eval()
+    assert torch.equal(loaded(image(model)), model(image(model)))
 
 
 def test_weights_of_other_blocks_are_refused(tmp_path):
