@@ -94,13 +94,13 @@ def depth_after_training(kept: KeptRuns, folder: Path) -> str:
         rows = [dict(row, network=called[row['network']]) for row in measured['rows']]
         networks = list(dict.fromkeys(row['network'] for row in rows))
         hardware, (first, *_) = measured['hardware'], rows
-        how = 'from the end of each stage' if measured['order'] == 'end' else \
-            'those first that matter least on the validation images'
-        anew = f'estimated anew on {measured["bn_images"]} training images' if measured['bn_images'] else 'kept'
+        how = 'at the end of each stage' if measured['order'] == 'end' else \
+            'that matter least on the validation images'
+        anew = f'are estimated anew on {measured["bn_images"]} training images' if measured['bn_images'] else 'stay'
         save_depths(rows, folder / f'depth-{path.stem}.png')
-        lines = [f'\n{first["model"]}, blocks taken {how}, statistics of batch norm {anew}: {measured["split"]} error '
-                 f'(%). Images a second of the first network by batches of {measured["batch_size"]} on '
-                 f'{machine(hardware)}.\n',
+        lines = [f'\n### {first["model"]}: the blocks {how} go first, statistics of batch norm {anew}\n',
+                 f'{measured["split"].capitalize()} error (%). Multiplications and images a second are those of the '
+                 f'first network, by batches of {measured["batch_size"]} on {machine(hardware)}.\n',
                  f'| blocks | multiplications | images/s | {" | ".join(networks)} |',
                  '|---|---|---|' + '---|' * len(networks)]
         for row in rows:

@@ -66,9 +66,9 @@ def test_without_runs_there_is_no_such_part(tmp_path):
 
 
 @pytest.mark.parametrize(('order', 'images', 'words'), [
-    ('end', None, 'blocks taken from the end of each stage, statistics of batch norm kept'),
-    ('measured', 50, 'those first that matter least on the validation images, statistics of batch norm estimated anew '
-                     'on 50 training images'),
+    ('end', None, 'the blocks at the end of each stage go first, statistics of batch norm stay'),
+    ('measured', 50, 'the blocks that matter least on the validation images go first, statistics of batch norm are '
+                     'estimated anew on 50 training images'),
 ])
 def test_depths_are_named_by_the_runs_whose_weights_they_are(tmp_path, order, images, words):
     add_run(tmp_path, 'a', dict(run_of('p_L = 0.5', 0), weights_sha256='aa'), rows_of(1.))

@@ -12,10 +12,12 @@ from markdown_it import MarkdownIt
 
 import publish
 from harness.card import architecture, as_text, full_name, make_card
+from harness.repository import read_depth
 from publish import CARDS, PRETRAINED, TIMING, compare
 from support.commands import ROOT, bench, run_here
 from support.markdown import sections, snippets, tables
 from support.runs import made_up
+from timm_sd.weight_files import checksum
 
 NAMES = sorted(path.name for path in CARDS.iterdir() if path.is_dir())
 DATA = ROOT.parent / 'shared' / 'data'
@@ -37,7 +39,16 @@ def test_every_bundled_file_has_a_card():
 
 @each
 def test_card_is_what_its_results_make(name):
-    assert card_of(name) == make_card(results_of(name), compare(results_of(name)))
+    results = results_of(name)
+    assert card_of(name) == make_card(results, compare(results), depth=read_depth(CARDS / name, results))
+
+
+@each
+def test_card_is_of_the_bundled_weights(name):
+    results, depth = results_of(name), read_depth(CARDS / name, results_of(name))
+    assert results['weights_sha256'] == checksum(str(PRETRAINED / f'{name}.safetensors'), like='0' * 64)
+    if depth is not None:
+        assert depth['rows'][0]['top1_err'] == results['test_best']['top1_err']
 
 
 @each
