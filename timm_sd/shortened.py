@@ -4,6 +4,7 @@ A block that is taken out leaves its shortcut in its place. So the names of all 
 saved by `timm.models.save_for_hf` and loaded by `timm.create_model('local-dir:FOLDER', pretrained=True)`: config.json
 names the architecture 'shortened', and in `model_args` the one that it was, and the blocks that are gone.
 """
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -35,11 +36,8 @@ class Shortcut(nn.Sequential):
 
     def __init__(self, block: nn.Module, path: Sequence[str] = (), relu: bool = False,
                  passes_on: Sequence[int] | None = None) -> None:
-        modules: OrderedDict[str, Any] = OrderedDict((name, getattr(block, name)) for name in path)
+        modules: OrderedDict[str, Any] = OrderedDict((name, _not_in_place(getattr(block, name))) for name in path)
         super().__init__(modules)
-        for first in list(modules.values())[:1]:
-            if getattr(first, 'inplace', False):
-                first.inplace = False  # what the block before returned is not this one's to write into
         if relu:
             self.add_module(RELU, nn.ReLU())
         # The arguments that made it, but the block and what is as by default; for config.json.
@@ -50,6 +48,14 @@ class Shortcut(nn.Sequential):
     @torch.jit.ignore
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """Nothing depends on it; timm's Swins tell it to each of their blocks."""
+
+
+def _not_in_place(module: nn.Module) -> nn.Module:
+    """The module, or a copy that doesn't write into its input: what the block before returned is not its own."""
+    if getattr(module, 'inplace', False):
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
+    return module
 
 
 class ShortcutOfSeveral(Shortcut):

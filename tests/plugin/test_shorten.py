@@ -105,6 +105,18 @@ def test_a_block_that_was_the_identity_costs_nothing():
     assert last(x) is x
 
 
+def test_what_the_block_before_returned_is_left_alone():
+    """The activation behind a projection works in place; that of the block stays as it is."""
+    model = network('resnet18')
+    block, x = model.layer1[0], torch.randn(1, 64, 8, 8)
+    before = x.clone()
+    assert block.act2.inplace
+    shortcut = Shortcut(block, path=['act2'])
+    assert torch.equal(shortcut(x), x.relu())
+    assert torch.equal(x, before)
+    assert block.act2.inplace
+
+
 def test_a_network_with_gates_becomes_a_plain_one():
     model = shorten(toy(2, drop_path_rate=0.5).train(), blocks=4)
     assert timm_sd.depth_gates(model) is None
