@@ -38,6 +38,8 @@ def reproduce_parser() -> Parser:
 def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) -> float:
     """Estimate from a step of constant depth: shortened by the blocks that drop, with validation, a third of its cost.
 
+    On the average of all epochs.
+
     Args:
         experiment: What to train.
         budget: Of `BUDGETS`.
@@ -45,7 +47,8 @@ def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) ->
     """
     blocks = (experiment.depth - 2) // 2
     rates = timm_sd.drop_path_rates(blocks, experiment.drop_path, experiment.schedule)
-    open_share = 1 - sum(rates) / blocks if experiment.mode == 'batch' else 1.  # subset saves, but copies too
+    dropped = experiment.over_time(budget).mean_share * sum(rates) / blocks
+    open_share = 1 - dropped if experiment.mode == 'batch' else 1.  # subset saves, but copies too
     train, validation = IMAGES['digits' if budget == 'smoke' else experiment.data]
     return step * (train * open_share + validation / 3) / 128
 
@@ -64,7 +67,7 @@ def print_plan(runs: list[Run], settings: RunSettings) -> None:
     """The runs, how far they are, and how long the rest takes, one after the other."""
     steps: dict[tuple[int, bool], float] = {}  # seconds, by depth and whether they are recorded
     total, epochs_done = 0., [run.epochs_done() for run in runs]
-    print(f'{"run":44}{"epochs":>8}{"done":>6}{"hours left":>12}')
+    print(f'{"run":58}{"epochs":>8}{"done":>6}{"hours left":>12}')
     for run, done in zip(runs, epochs_done, strict=True):
         depth, left, hours = run.experiment.depth, run.epochs - done, 0.
         if left and run.experiment.data != 'imagenet':
@@ -74,7 +77,7 @@ def print_plan(runs: list[Run], settings: RunSettings) -> None:
             hours = left * estimated_epoch_seconds(run.experiment, run.budget, steps[key]) / 3600
         total += hours
         estimate = '?' if left and run.experiment.data == 'imagenet' else f'{hours:.2f}'
-        print(f'{run.name:44}{run.epochs:8}{done:6}{estimate:>12}', flush=True)
+        print(f'{run.name:58}{run.epochs:8}{done:6}{estimate:>12}', flush=True)
     print(f'about {total:.1f} hours on this machine, one after the other, from a step timed now; ImageNet is not in it')
 
 

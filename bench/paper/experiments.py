@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.recipes import changed_by_run, changed_from_recipe, command_line, parse_train_flags, read_recipe
 from paper import numbers
+from timm_sd.rates import RateOverTime
 
 # How long a training is: `full` is the recipe's epochs, which are the paper's where the recipe is. `smoke` tries the
 # machinery on handwritten digits, by the recipe quickstart, and shows nothing about the paper. `fitted` and `twice` are
@@ -40,7 +41,7 @@ class Experiment:
         lr: The learning rate to begin with, if not the recipe's.
         when: In which epochs blocks drop, see `timm_sd.rates.RateOverTime`.
         change: Likewise.
-        cutoff: Likewise.
+        cutoff: Likewise, at the budget `full`.
     """
     recipe: str = 'cifar10'
     depth: int = 110
@@ -74,6 +75,11 @@ class Experiment:
         fitted = FITTED_EPOCHS.get((self.depth, self.recipe, self.augment))
         return fitted and fitted * TIMES_FITTED[budget]
 
+    def over_time(self, budget: str) -> RateOverTime:
+        """How the rates change; the cutoff in proportion to the epochs."""
+        epochs, full = self.epochs(budget) or 1, read_recipe(self.recipe)['epochs']
+        return RateOverTime(self.when, epochs, self.change, self.cutoff and round(self.cutoff * epochs / full))
+
     def name(self, budget: str, seed: int) -> str:
         """Of the run folder. Mode, scale, augmentation, learning rate and time are named where not the paper's."""
         words = [self.recipe, str(self.depth), f'{1 - self.drop_path:g}-{self.schedule}' if self.drop_path else
@@ -103,7 +109,8 @@ class Experiment:
             model=self.model, drop_path=self.drop_path, drop_path_schedule=self.schedule, drop_path_scale=self.scale,
             epochs=epochs, seed=seed, log_gradients=True)
         if self.when != 'standard':
-            changed.update(drop_path_when=self.when, drop_path_change=self.change, drop_path_cutoff=self.cutoff)
+            over_time = self.over_time(budget)
+            changed.update(drop_path_when=self.when, drop_path_change=self.change, drop_path_cutoff=over_time.cutoff)
         if budget in TIMES_FITTED:
             recipe = read_recipe(name)
             # timm's milestone m is the m-th epoch: the first rate holds for m - 1 epochs.

@@ -93,3 +93,14 @@ def test_kept_depths_are_of_kept_weights():
     known = {results.get('weights_sha256') for results in kept_runs().values()}
     for path in (BENCH / 'results' / 'depths').glob('*.json'):
         assert set(json.loads(path.read_text())['weights_sha256'].values()) <= known
+
+
+def test_the_readme_has_the_errors_of_the_kept_depths():
+    depths = BENCH / 'results' / 'depths'
+    errors = []
+    for name in ('20_layers_end', '20_layers_end_new_statistics'):
+        rows = json.loads((depths / f'{name}.json').read_text())['rows']
+        for network in ('constant-0', 'standard-0.8-0', 'standard-0.5-0'):
+            errors.append({row['blocks']: f'{row["top1_err"]:.2f}' for row in rows if row['network'] == network})
+    (table,) = [table for table in tables((BENCH / 'README.md').read_text()) if table[0][0] == 'blocks of 9']
+    assert table[1:] == [[str(blocks), *(each[blocks] for each in errors)] for blocks in (9, 8, 6, 4)]

@@ -24,6 +24,7 @@ from paper.experiments import (
 )
 from paper.runs import ChoiceSettings, RunSettings, choose_runs
 from support.runs import OF_NO_BUDGET, kept_runs, made_up
+from timm_sd.rates import RateOverTime
 
 
 def test_trainings_that_several_figures_need_are_one():
@@ -36,14 +37,15 @@ def test_trainings_that_several_figures_need_are_one():
 
 def experiments(budget):
     """All that can be trained at a budget."""
-    return [run for run in dict.fromkeys(TARGETS['all'] + TARGETS['effect']) if run.epochs(budget) is not None]
+    return [run for run in dict.fromkeys(run for runs in TARGETS.values() for run in runs)
+            if run.epochs(budget) is not None]
 
 
 @pytest.mark.parametrize('budget', BUDGETS)
 def test_no_two_trainings_are_taken_for_each_other(budget):
     runs = experiments(budget)
     if budget == 'smoke':  # by one recipe, so two of one model are the same
-        runs = list({(run.model, run.drop_path, run.schedule, run.mode, run.scale, run.augment): run
+        runs = list({(run.model, run.drop_path, run.schedule, run.mode, run.scale, run.augment, run.when): run
                      for run in runs}.values())
     trainings = [training_of_experiment(run, budget) for run in runs]
     assert all(trainings.count(training) == 1 for training in trainings)
@@ -126,7 +128,10 @@ def test_no_phase_is_lost_in_few_epochs(run, budget):
 def test_every_training_has_flags_that_train_py_takes(budget):
     for run in experiments(budget):
         flags = group_flags(parse_train_flags(run.flags(budget, 0, None)))
-        assert flags.optimizer.decay_milestones[-1] <= flags.optimizer.epochs or budget == 'smoke'
+        if flags.optimizer.sched == 'multistep':
+            assert flags.optimizer.decay_milestones[-1] <= flags.optimizer.epochs or budget == 'smoke'
+        RateOverTime(flags.depth.drop_path_when, flags.optimizer.epochs, flags.depth.drop_path_change,
+                     flags.depth.drop_path_cutoff).check()
 
 
 def test_smoke_is_the_quickstart():
