@@ -18,7 +18,16 @@ import timm
 from huggingface_hub.utils import validate_repo_id
 
 import timm_sd
-from harness.card import DATASETS, Comparison, channels_of, classes_and_size, dataset_of, full_name, method_of
+from harness.card import (
+    DATASETS,
+    Comparison,
+    channels_of,
+    classes_and_size,
+    dataset_of,
+    full_name,
+    method_of,
+    over_time_of,
+)
 from harness.cli import Parser, add_flags, flag, make_settings, run_script
 from harness.errors import UserError, user_errors
 from harness.files import folder_in_one_piece
@@ -65,7 +74,8 @@ def compare(results: dict[str, Any]) -> Comparison:
         public=numbers.PUBLIC.get(depth_and_tag) if depth_and_tag else None,
         recipe_of=whose_recipe(results), epochs=(read_recipe(recipe) if is_packaged(recipe) else results)['epochs'],
         changed={flag: value for flag, value in changed_by_run(results).items() if flag not in SAID_ELSEWHERE},
-        saving=find_row(TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
+        saving=None if over_time_of(results) else find_row(  # measured at a rate that stays
+            TIMING, name.partition('.')[0], Variant(mode, results['drop_path_rate'], schedule, scale)))
 
 
 def check_stands_for(results: dict[str, Any], name: str) -> None:

@@ -85,12 +85,12 @@ def build_trainer(flags: TrainFlags, accelerator: Accelerator) -> Trainer:
 def header(trainer: Trainer, flags: TrainFlags) -> str:
     """Two lines: device, precision, processes, network, data, gates; and the classes."""
     gates, rate, network = trainer.gates, last_drop_rate(trainer, flags), flags.network
+    over_time = '' if gates is None or gates.over_time is None else f', {gates.over_time.describe()}'
     if rate == 0:
         depth = 'constant depth'
     elif gates is None or gates.mode == 'sample':
-        depth = f"p_L {1 - rate:g}, timm's DropPath"
+        depth = f"p_L {1 - rate:g}{over_time}, timm's DropPath"
     else:
-        over_time = '' if gates.over_time is None else f', {gates.over_time.describe()}'
         depth = f'p_L {1 - rate:g}{over_time}, expected depth {gates.mean_depth:.1f} of {len(gates.open)} blocks'
     names = trainer.data.class_names
     sizes = '/'.join(str(batches.images or '?') for batches in trainer.batches.values())

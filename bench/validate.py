@@ -202,6 +202,8 @@ class Evaluation:
 def evaluate_depths(evaluation: Evaluation, models: dict[str, Any], flags: Any, depths: DepthsSettings,
                     names: list[str] | None) -> dict[str, Any]:
     """Each network at each depth; see `measure_depths`."""
+    files = flags.checkpoint or [model.pretrained_cfg.get('file') for model in models.values()]
+    digests = {name: digest_of(file, '--checkpoint') for name, file in zip(models, files, strict=True)}
     held_out = bn_batches = None
     if depths.order == 'measured' or depths.bn_images:
         found = load_training_images(make_settings(SourceSettings, flags), make_settings(HeldOutSettings, flags),
@@ -214,10 +216,9 @@ def evaluate_depths(evaluation: Evaluation, models: dict[str, Any], flags: Any, 
     rows = measure_depths(models, depths, evaluation.row, held_out, bn_batches,
                           (flags.batch_size, evaluation.network.channels, evaluation.size, evaluation.size),
                           bool(flags.amp))
-    files = flags.checkpoint or [model.pretrained_cfg.get('file') for model in models.values()]
-    return dict(rows=rows, weights_sha256=dict(zip(models, map(digest_of, files), strict=True)),
-                split=flags.split, order=depths.order, bn_images=depths.bn_images, batch_size=flags.batch_size,
-                hardware=hardware(evaluation.accelerator, bool(flags.amp), flags.amp_dtype), versions=versions())
+    return dict(rows=rows, weights_sha256=digests, split=flags.split, order=depths.order, bn_images=depths.bn_images,
+                batch_size=flags.batch_size, versions=versions(),
+                hardware=hardware(evaluation.accelerator, bool(flags.amp), flags.amp_dtype))
 
 
 def main() -> None:

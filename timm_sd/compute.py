@@ -14,7 +14,7 @@ from .skippable import SkippableBlock
 
 
 def _count(model: nn.Module, example_input: Any) -> dict[str, int]:
-    """The multiplications of each of a network's modules, by name, and of all of it as 'Global'."""
+    """The multiplications and additions of each of a network's modules, by name, and of all of it as 'Global'."""
     args, kwargs = example_arguments(model, example_input)
     # With gradients, for the counter asks tensors for theirs; attention written out, for it knows no kernel of a CPU's.
     with training_mode(model, False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), \

@@ -42,7 +42,8 @@ class DepthGates:
         step: Number of draws in this epoch.
         active: Whether a rate was ever above 0; before that no gate is asked.
         over_time: How the rates change with the epoch; None if they don't.
-        survival_probs: p_l of each block, (L,) on the CPU: a tensor that stays, for what is compiled in mode 'sample'.
+        survival_probs: p_l of each block, (L,) on the CPU. Always the same tensor, so that what is compiled in mode
+            'sample' reads the new values.
         mode: 'batch', 'subset' or 'sample', see `make_skippable`; in mode 'sample' timm's DropPath draws, and no gate.
         scale: 'train' or 'eval', see `make_skippable`.
 
@@ -114,7 +115,7 @@ class DepthGates:
         change of rates leaves the stored network as it is, with both scales: it evaluates the same before and after.
 
         Args:
-            when: 'early', 'late' or 'standard'. With the change 'constant' the last one ends an earlier call's changes.
+            when: 'early', 'late' or 'standard'; 'standard' with the change 'constant' removes an earlier schedule.
             epochs: Of the whole training.
             change: 'constant' or 'linear'.
             cutoff: Epoch at which dropping ends ('early') or begins ('late').
@@ -140,7 +141,7 @@ class DepthGates:
         self._pass.draw = None  # what this thread runs next is another pass
 
     def check_epoch(self) -> None:
-        """Raises RuntimeError if the rates follow the epoch, and nobody has told it."""
+        """Raises RuntimeError if the rates follow the epoch, and `set_epoch` was not called."""
         if self.over_time is not None and not self._epoch_is_told:
             raise RuntimeError('the drop path rates change with the epoch, and none was begun; call '
                                'depth_gates(model).set_epoch(epoch) at the start of each')
@@ -213,7 +214,7 @@ class DepthGates:
                     drop_path_rates=list(self._full_rates), over_time=self.over_time and list(self.over_time))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Goes on where `state_dict` was taken, with its rates, and its schedule over time or none.
 
         Raises:
             ValueError: If it was taken of a network of another depth.

@@ -108,7 +108,7 @@ class Prefix:
         if self.over_time and gates.mode == 'sample':  # whose passes aren't counted, see `_set_epoch`
             stop(f"{name} has mode 'sample', whose rates --drop-path-when can't change here; give --drop-path-mode")
         if self.over_time and gates.active:  # until a scheduler tells the epochs, a training step is an error
-            self._set_when(gates, epochs=self.over_time.get('cutoff', 0) + 1)
+            self._set_when(gates, epochs=max(0, self.over_time.get('cutoff', 0)) + 1)
         if gates.active and gates.mode != 'sample':
             say(f'{name}: {describe(model, gates)}')
         return model

@@ -108,6 +108,6 @@ class RateOverTime(NamedTuple):
         return sum(map(self.share, range(self.epochs))) / self.epochs
 
     def describe(self) -> str:
-        """In words, such as 'early to epoch 5, linear'."""
-        place = {'early': f' to epoch {self.cutoff}', 'late': f' from epoch {self.cutoff}'}.get(self.when, '')
+        """In words, such as 'early (before epoch 5), linear'."""
+        place = {'early': f' (before epoch {self.cutoff})', 'late': f' (from epoch {self.cutoff})'}.get(self.when, '')
         return f'{self.when}{place}, {self.change}'

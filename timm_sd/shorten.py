@@ -1,14 +1,14 @@
 """Depth after training: a network loses residual blocks for good, and what is left is a plain, faster network.
 
-A network that was trained with stochastic depth does not rely on any one block, so that it bears this without further
-training. (LayerDrop, arXiv 1909.11556, and LayerSkip, arXiv 2404.16710, found so of transformers.)
+A network that was trained with stochastic depth does not rely on any one block. So it can lose some without further
+training. LayerDrop (arXiv 1909.11556) and LayerSkip (arXiv 2404.16710) found this for transformers.
 
 shortened.py has what is left, and how it is saved and loaded.
 """
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import chain, groupby
+from itertools import chain
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -45,16 +45,18 @@ class _Block(NamedTuple):
         name: Of its module.
         config: See `Shortcut.config`.
         residual: See `Residual`.
-        features: Size of its output, of one image.
+        size: Of its output for one image, such as (C, H, W).
     """
     name: str
     config: dict[str, Any]
     residual: Residual
-    features: int
+    size: tuple[int, ...]
 
 
 def _find_blocks(model: nn.Module, example_input: Any) -> list[_Block]:
     """The blocks in the order of the forward pass."""
+    if any(getattr(block, 'compiled_forward', None) for block in model.modules()):
+        raise ValueError(f'the blocks of {type(model).__name__} are compiled; shorten it before compile_blocks')
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or hasattr(model, '_orig_mod'):
         raise ValueError(f'{type(model).__name__} wraps a network; pass the network itself')
     residuals = residual_blocks(model, example_input=example_input).closable
@@ -64,7 +66,7 @@ def _find_blocks(model: nn.Module, example_input: Any) -> list[_Block]:
     args, kwargs = example_arguments(model, example_input)
 
     def note(block: nn.Module, args: tuple, output: Any) -> None:
-        sizes[block] = features(output)[0].numel()
+        sizes[block] = tuple(features(output).shape[1:])
     with training_mode(model, False), torch.no_grad(), ExitStack() as hooks:
         for residual in residuals:
             hooks.callback(residual.block.register_forward_hook(note).remove)
@@ -72,16 +74,26 @@ def _find_blocks(model: nn.Module, example_input: Any) -> list[_Block]:
     return [_Block(names[each.block], _config(each), each, sizes[each.block]) for each in residuals]
 
 
-def _from_the_ends(sizes: Sequence[int]) -> list[int]:
+def _in_one_stage(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether outputs are of one size: (C, H, W) is (H, W, C), or as tokens (H W, C)."""
+    return math.prod(size) == math.prod(other) and (sorted(size) == sorted(other) or len(size) != len(other))
+
+
+def _from_the_ends(sizes: Sequence[tuple[int, ...]]) -> list[int]:
     """The order in which blocks go: those at the end of their stage first, of all stages in proportion.
 
-    A stage is a row of blocks whose outputs have the same size. Its first block goes last. Of two in the same place the
+    A stage is a row of blocks whose outputs have one size. Its first block goes last. Of two in the same place the
     deeper one goes first.
 
     Args:
         sizes: Of the output of each block.
     """
-    stages = [list(stage) for _, stage in groupby(range(len(sizes)), key=sizes.__getitem__)]
+    stages: list[list[int]] = []
+    for index, size in enumerate(sizes):
+        if index and _in_one_stage(sizes[index - 1], size):
+            stages[-1].append(index)
+        else:
+            stages.append([index])
     depth = {index: number / len(stage) for stage in stages for number, index in enumerate(stage)}
     return sorted(depth, key=lambda index: (-depth[index], -index))
 
@@ -108,14 +120,14 @@ def shorten(model: nn.Module, blocks: int | None = None, share: float | None = N
         ValueError: If there are no such blocks, or the multiplications can't be as few as that.
     """
     found, name = _find_blocks(model, example_input), type(model).__name__
-    order = _from_the_ends([block.features for block in found]) if order is None else [int(index) for index in order]
+    order = _from_the_ends([block.size for block in found]) if order is None else [int(index) for index in order]
     if len(set(order)) < len(order) or not set(order) <= set(range(len(found))):
         raise ValueError(f'order is {order}; it must be different numbers of the blocks, 0 ... {len(found) - 1}')
     if (blocks is None) == (share is None):
         raise ValueError(f'blocks is {blocks} and share {share}; give one of them')
     if blocks is None:
         count = _count_for_share(model, [found[index].residual for index in order], share, example_input)
-    elif not isinstance(blocks, Integral) or not 0 <= blocks <= len(found):
+    elif not isinstance(blocks, Integral) or isinstance(blocks, bool) or not 0 <= blocks <= len(found):
         raise ValueError(f'blocks is {blocks!r}; {name} has {len(found)} residual blocks, of which so many can stay '
                          'or fewer')
     else:
@@ -137,7 +149,7 @@ def shorten(model: nn.Module, blocks: int | None = None, share: float | None = N
 
 def _count_for_share(model: nn.Module, residuals: Sequence[Residual], share: Any, example_input: Any) -> int:
     """How many blocks have to go, in this order, until at most `share` of the multiplications is left."""
-    if not isinstance(share, int | float) or not 0. < share <= 1.:
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0. < share <= 1.:
         raise ValueError(f'share is {share!r}; it must be a number in (0, 1]')
     left = 1.
     for count, of_branch in enumerate([0., *branch_shares(

@@ -124,8 +124,8 @@ default_cfgs = generate_default_cfgs({'shortened': {}})
 def _build_shortened(architecture: str = '', removed_blocks: dict[str, dict[str, Any]] | None = None,
                      **kwargs: Any) -> nn.Module:
     if architecture == 'shortened' or not timm.is_model(architecture):
-        raise ValueError(f"'shortened' is made by timm_sd.shorten, saved by timm.models.save_for_hf, and loaded by "
-                         f"'local-dir:' or 'hf-hub:'; the architecture {architecture!r} is none that it could be of")
+        raise ValueError(f"'shortened' can't be created by itself; load a folder that timm.models.save_for_hf wrote of "
+                         f'a network that timm_sd.shorten made. The architecture {architecture!r} is no network')
     if kwargs.pop('drop_path_rate', 0.):
         raise ValueError('a shortened network has no drop path rate of its own; call timm_sd.add_stochastic_depth, or '
                          'put python -m timm_sd --drop-path-mode batch in front of the script')

@@ -62,7 +62,8 @@ class DepthSettings:
     drop_path_change: str = flag('constant', 'how the rate changes in them: not, or in a straight line down to 0 at '
                                  'the cutoff (early), up to --drop-path in the last epoch (late, standard)',
                                  choices=timm_sd.CHANGES)
-    drop_path_cutoff: int | None = flag(None, 'of --drop-path-when early and late', type=positive_int, metavar='EPOCHS')
+    drop_path_cutoff: int | None = flag(None, 'epoch, counted from 0, at which dropping ends (early) or begins (late)',
+                                        type=positive_int, metavar='EPOCH')
     initial_checkpoint: str | None = flag(None, 'file of weights to start from, such as model.safetensors of a run')
     drop: float | None = flag(None, 'dropout in front of the classifier', type=drop_rate)
     sync_bn: bool = flag(False, 'batch norm over all processes, on GPUs')
@@ -174,11 +175,11 @@ def load_initial(model: nn.Module, file: str) -> None:
         check_finite(model.state_dict().items())
 
 
-def digest_of(file: str | None) -> str | None:
-    """The SHA-256 of --initial-checkpoint, if one is given."""
+def digest_of(file: str | None, flag_name: str = '--initial-checkpoint') -> str | None:
+    """The SHA-256 of a file of weights, if one is given by a flag."""
     if file is None:
         return None
-    with user_errors(f'--initial-checkpoint {file} can not be read'):
+    with user_errors(f'{flag_name} {file} can not be read'):
         return checksum(file, like='0' * 64)
 
 

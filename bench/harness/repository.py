@@ -82,7 +82,8 @@ def read_depth(folder: Path, results: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     depth = read_mapping(path, json.loads, 'validate.py --results-file writes it')
-    if results.get('weights_sha256') not in depth.get('weights_sha256', {}).values():
+    digest = results.get('weights_sha256')
+    if digest is None or digest not in depth.get('weights_sha256', {}).values():
         raise UserError(f'{path} is of other weights than results.json; measure it anew, or remove it')
     return depth
 

@@ -45,8 +45,8 @@ def over_time(kept: KeptRuns, folder: Path) -> str:
         validation = [results['val_top1_err'] for results in runs.results]
         lines.append(f'| {kind} | {cell(runs.losses, 3)} | {cell(validation)} | {cell(runs.errors)} | {seeds(runs)} '
                      f'| {machines(runs)} |')
-    lines += ['\nSeconds of the steps of all 30 epochs, and in brackets in those of constant depth. Times are compared '
-              'within one machine.\n',
+    lines += ['\nSeconds of the training steps of all 30 epochs; in brackets the ratio to constant depth. Times are '
+              'compared within one machine.\n',
               f'| on | {" | ".join(OVER_TIME)} |', '|---' * (1 + len(OVER_TIME)) + '|']
     for place, by_kind in places.items():
         base = [seconds_of(rows) for rows in by_kind.get('constant depth', [])]
@@ -83,34 +83,39 @@ def save_over_time(places: dict[str, dict[str, list[list[dict[str, float]]]]], p
     save_figure(figure, panels[0], path)
 
 
+def _depth_table(rows: list[dict[str, Any]], networks: list[str]) -> list[str]:
+    """A row for each number of blocks: the errors, and where all networks lost the same blocks, size and speed."""
+    cells = {(row['network'], row['blocks']): row for row in rows}
+    numbers = sorted({row['blocks'] for row in rows}, reverse=True)
+    same = all(row['removed'].keys() == cells[networks[0], row['blocks']]['removed'].keys()
+               for row in rows if (networks[0], row['blocks']) in cells)
+    lines = [f'| blocks | {"multiplications | images/s | " if same else ""}{" | ".join(networks)} |',
+             '|---|' + '---|' * (2 * same + len(networks))]
+    for blocks in numbers:
+        errors = [f'{cells[name, blocks]["top1_err"]:.2f}' if (name, blocks) in cells else '' for name in networks]
+        first = next(cells[name, blocks] for name in networks if (name, blocks) in cells)
+        cost = f'{first["share"]:.0%} | {first["images_per_second"]["median"]:.0f} | ' if same else ''
+        lines.append(f'| {blocks} | {cost}{" | ".join(errors)} |')
+    return lines
+
+
 def depth_after_training(kept: KeptRuns, folder: Path) -> str:
     """Networks that lose blocks after training, from results/depths/*.json; nothing without them."""
-    names = {results['weights_sha256']: f'p_L = {1 - results["drop_path_rate"]:g}'
-             for by_seed in kept.runs.values() for results, _, _ in by_seed.values() if 'weights_sha256' in results}
+    names = {results['weights_sha256']: f'{kind}, seed {results["seed"]}' for kind, run in OVER_TIME.items()
+             for results in kept.find(run, 'full').results}
     parts = []
     for path in sorted((folder.parent / 'depths').glob('*.json')):
         measured = json.loads(path.read_text())
         called = {name: names.get(digest, name) for name, digest in measured['weights_sha256'].items()}
         rows = [dict(row, network=called[row['network']]) for row in measured['rows']]
-        networks = list(dict.fromkeys(row['network'] for row in rows))
-        hardware, (first, *_) = measured['hardware'], rows
         how = 'at the end of each stage' if measured['order'] == 'end' else \
             'that matter least on the validation images'
         anew = f'are estimated anew on {measured["bn_images"]} training images' if measured['bn_images'] else 'stay'
         save_depths(rows, folder / f'depth-{path.stem}.png')
-        lines = [f'\n### {first["model"]}: the blocks {how} go first, statistics of batch norm {anew}\n',
-                 f'{measured["split"].capitalize()} error (%). Multiplications and images a second are those of the '
-                 f'first network, by batches of {measured["batch_size"]} on {machine(hardware)}.\n',
-                 f'| blocks | multiplications | images/s | {" | ".join(networks)} |',
-                 '|---|---|---|' + '---|' * len(networks)]
-        for row in rows:
-            if row['network'] == networks[0]:
-                errors = [f'{other["top1_err"]:.2f}' for name in networks for other in rows
-                          if (other['network'], other['blocks']) == (name, row['blocks'])]
-                lines.append(f'| {row["blocks"]} | {row["share"]:.0%} | {row["images_per_second"]["median"]:.0f} '
-                             f'| {" | ".join(errors)} |')
-        lines.append(f'\n![error over images a second, by depth](depth-{path.stem}.png)')
-        parts.append('\n'.join(lines))
-    head = ('## Beyond the paper: depth after training\n\nNetworks lose residual blocks after training, and are not '
-            'trained on (`timm_sd.shorten`, `validate.py --blocks`).')
+        parts += [f'\n### {rows[0]["model"]}: the blocks {how} go first, statistics of batch norm {anew}\n',
+                  f'{measured["split"].capitalize()} error (%); images a second by batches of {measured["batch_size"]} '
+                  f'on {machine(measured["hardware"])}.\n', *_depth_table(rows, list(called.values())),
+                  f'\n![error over images a second, by depth](depth-{path.stem}.png)']
+    head = ('## Beyond the paper: depth after training\n\nNetworks that lost residual blocks, without further training '
+            '(`timm_sd.shorten`, `validate.py --blocks`).')
     return '\n'.join([head, *parts]) if parts else ''

@@ -1,4 +1,4 @@
-"""What a network is worth that loses residual blocks after training, and how fast it is then."""
+"""Error and speed of a network that loses residual blocks after training."""
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 import timm_sd
-from harness.cli import flag, non_negative_int, positive_int, unit_interval, unmet
+from harness.cli import flag, non_negative_int, number, positive_int, unit_interval, unmet
 from harness.data.batches import Batches
 from harness.data.settings import HeldOutSettings, ImageSettings, SplitSettings
 from harness.data.sources import SourceSettings
@@ -31,7 +31,7 @@ class DepthsSettings:
                       'on the validation images is lowest', choices=('end', 'measured'), needs='blocks|share')
     bn_images: int | None = flag(None, 'training images by which statistics of batch norm are estimated anew (default: '
                                  'they stay)', type=positive_int, needs='blocks|share')
-    rounds: int = flag(20, 'batches timed of each network, in turns', type=positive_int, needs='blocks|share')
+    rounds: int = flag(20, 'batches timed of each network, in turns', type=number(int, 2), needs='blocks|share')
 
     @property
     def depths(self) -> list[dict[str, Any]]:
@@ -45,6 +45,11 @@ def check_depths(flags: dict[str, Any]) -> None:
     for key, needed in unmet(flags, DepthsSettings).items():
         if flags[key] != getattr(DepthsSettings(), key):
             raise UserError(f'--{key.replace("_", "-")} does nothing without {needed}; leave it out')
+    if flags['order'] != 'measured' and not flags['bn_images']:
+        for key, default in vars(HeldOutSettings()).items():
+            if flags[key] != default:
+                raise UserError(f'--{key.replace("_", "-")} does nothing without --order measured or --bn-images; '
+                                'leave it out')
     if flags['blocks'] and flags['share']:
         raise UserError('--blocks and --share say the same in two ways; give one')
     if len(flags['checkpoint'] or ()) > 1 and not (flags['blocks'] or flags['share']):
@@ -87,7 +92,9 @@ def load_training_images(source: SourceSettings, held_out: HeldOutSettings, spli
 
 
 def some_of(images: Any, count: int) -> Images:
-    """So many images of a split at random, always the same ones."""
+    """So many images of a split at random, always the same ones; UserError if it has fewer."""
+    if count > len(images):
+        raise UserError(f'--bn-images is {count}, and there are {len(images)} training images; give as many or fewer')
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 

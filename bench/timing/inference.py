@@ -16,7 +16,7 @@ def inference_rates(networks: Sequence[Any], sizes: Sequence[Sequence[int]], amp
     """Times evaluations of a batch of random images, the networks in turns.
 
     Args:
-        networks: Trained networks.
+        networks: They are moved to the device and to the channels_last memory layout.
         sizes: Of the batch of each, (B, C, H, W).
         amp: In bf16 autocast.
         rounds: Batches of each network, after one to warm up.

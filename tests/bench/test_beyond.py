@@ -6,7 +6,7 @@ import pytest
 
 from harness.run_folder import COLUMNS
 from paper.beyond import depth_after_training, over_time
-from paper.experiments import OVER_TIME, training_of_experiment, training_of_run
+from paper.experiments import OVER_TIME, Experiment, training_of_experiment, training_of_run
 from paper.kept import KeptRuns
 from support.commands import BENCH
 from support.markdown import pictures, tables
@@ -59,6 +59,12 @@ def test_errors_are_means_and_seconds_are_compared_within_a_machine(tmp_path):
     assert (tmp_path / 'reproduction' / picture).stat().st_size > 10_000
 
 
+def test_a_rate_that_rises_over_the_whole_training_is_another_training():
+    rising, steady = Experiment(recipe='cifar10_30', depth=20, scale='train', change='linear'), OVER_TIME['p_L = 0.5']
+    assert rising.name('full', 0) == 'cifar10_30-20-0.5-linear-train-standard-linear-full-0'
+    assert training_of_experiment(rising, 'full') != training_of_experiment(steady, 'full')
+
+
 def test_without_runs_there_is_no_such_part(tmp_path):
     (tmp_path / 'runs').mkdir()
     kept = KeptRuns(tmp_path / 'runs')
@@ -75,7 +81,9 @@ def test_depths_are_named_by_the_runs_whose_weights_they_are(tmp_path, order, im
     add_run(tmp_path, 'b', dict(run_of('constant depth', 0), weights_sha256='bb'), rows_of(1.))
     spread = dict(median=100., q1=90., q3=110.)
     rows = [dict(network=name, model='sd_resnet20_cifar.c10', blocks=blocks, share=blocks / 9, top1_err=error + blocks,
-                 images_per_second=spread) for name, error in (('x', 10.), ('y', 20.)) for blocks in (9, 8)]
+                 images_per_second=spread, removed={} if blocks == 9 else {place: {}})
+            for name, error, place in (('x', 10., 'layer1.2'), ('y', 20., 'layer1.2' if order == 'end' else 'layer2.2'))
+            for blocks in (9, 8, *([7] if name == 'x' else ()))]
     (tmp_path / 'depths').mkdir()
     (tmp_path / 'reproduction').mkdir()
     (tmp_path / 'depths' / 'some.json').write_text(json.dumps(dict(
@@ -83,14 +91,20 @@ def test_depths_are_named_by_the_runs_whose_weights_they_are(tmp_path, order, im
         hardware=dict(device='a CPU', amp=False))))
     text = depth_after_training(KeptRuns(tmp_path / 'runs'), tmp_path / 'reproduction')
     ((head, *cells),) = tables(text)
-    assert head == ['blocks', 'multiplications', 'images/s', 'p_L = 1', 'p_L = 0.5']
-    assert cells == [['9', '100%', '100', '19.00', '29.00'], ['8', '89%', '100', '18.00', '28.00']]
+    assert head[-2:] == ['constant depth, seed 0', 'p_L = 0.5, seed 0']
+    errors = [['19.00', '29.00'], ['18.00', '28.00'], ['17.00', '']]
+    if order == 'end':  # the same blocks are gone in both
+        assert head[:3] == ['blocks', 'multiplications', 'images/s']
+        costs = [['9', '100%', '100'], ['8', '89%', '100'], ['7', '78%', '100']]
+    else:
+        costs = [['9'], ['8'], ['7']]
+    assert cells == [cost + error for cost, error in zip(costs, errors, strict=True)]
     assert words in text
     assert pictures(text) == ['depth-some.png']
 
 
 def test_kept_depths_are_of_kept_weights():
-    known = {results.get('weights_sha256') for results in kept_runs().values()}
+    known = {results['weights_sha256'] for results in kept_runs().values() if 'weights_sha256' in results}
     for path in (BENCH / 'results' / 'depths').glob('*.json'):
         assert set(json.loads(path.read_text())['weights_sha256'].values()) <= known
 

@@ -107,6 +107,9 @@ def test_a_measured_order_and_new_statistics(finished, toy_folder):
     (('--blocks', '5', '--share', '0.5'), '--blocks and --share say the same'),
     (('--order', 'measured'), '--order does nothing without --blocks or --share'),
     (('--bn-images', '5'), '--bn-images does nothing without --blocks or --share'),
+    (('--blocks', '5', '--rounds', '1'), '1 must lie in [2, inf)'),
+    (('--blocks', '5', '--bn-images', '37', '--val-per-class', '3'), '--bn-images is 37, and there are 36 training'),
+    (('--blocks', '5', '--val-per-class', '3'), '--val-per-class does nothing without --order measured'),
     (('--blocks', '5', '--results-file', 'NOWHERE/d.csv'), '--results-file'),
     (('--blocks', '5', '--order', 'measured', '--val-per-class', '40'), 'leaves nothing of class'),
     (('--blocks', '5', '--bn-images', '9', '--val-per-class', '4'), 'was trained with [3] of each class held out, and '
@@ -163,7 +166,7 @@ def test_a_card_tells_how_rates_changed(run_folder, tmp_path):
     assert 'on the average of all epochs' not in make_card(results, compare(results))
     results['args'].update(drop_path_when='late', drop_path_change='constant', drop_path_cutoff=1)
     text = make_card(results, compare(results))
-    assert 'linear decay, late from epoch 1, constant: ' in text
+    assert 'linear decay, late (from epoch 1), constant: ' in text
     assert 'blocks run in expectation, on the average of all epochs' in text
 
 

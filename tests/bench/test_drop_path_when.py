@@ -29,10 +29,10 @@ def test_the_rate_of_each_epoch_is_a_column(early, finished):
     assert rates(finished[0]) == [0.2] * 3  # the recipe's
     # the mean share of the rates is 1/2, and the linear rule's mean rate 0.4 (9 + 1) / (2 * 9)
     assert read_results(folder)['expected_depth'] == pytest.approx(9 - 9 * 0.5 * 0.4 * 10 / 18)
-    assert 'p_L 0.6, early to epoch 2, linear, expected depth 8.0 of 9 blocks' in result.stderr.splitlines()[0]
+    assert 'p_L 0.6, early (before epoch 2), linear, expected depth 8.0 of 9 blocks' in result.stderr.splitlines()[0]
     args = yaml.safe_load((folder / 'args.yaml').read_text())
     assert [args[f'drop_path_{key}'] for key in ('when', 'change', 'cutoff')] == ['early', 'linear', 2]
-    assert over_time_of(read_results(folder)) == 'early to epoch 2, linear'
+    assert over_time_of(read_results(folder)) == 'early (before epoch 2), linear'
     assert over_time_of(read_results(finished[0])) == ''
 
 
@@ -74,6 +74,10 @@ def test_a_run_that_an_older_version_began_gets_the_column(finished, toy_flags, 
     folder = RunFolder(copy)
     folder.remove_after(2)
     (copy / 'results.json').unlink()
+    args = yaml.safe_load((copy / 'args.yaml').read_text())
+    for key in ('when', 'change', 'cutoff'):
+        del args[f'drop_path_{key}']
+    (copy / 'args.yaml').write_text(yaml.safe_dump(args))
     load = RunFolder.load_checkpoint
 
     def without_the_column(self, use):

@@ -243,7 +243,7 @@ def test_rates_follow_the_epoch_that_timms_scheduler_is_told(prefix, capsys, nam
     with pytest.raises(RuntimeError, match='none was begun'):  # where no scheduler is made
         gates.draw()
     scheduler, epochs = timm.scheduler.create_scheduler_v2(sgd(model), 'cosine', 7, cooldown_epochs=1)
-    assert 'timm_sd: drop path rates over 8 epochs: early to epoch 4, linear' in capsys.readouterr().err
+    assert 'timm_sd: drop path rates over 8 epochs: early (before epoch 4), linear' in capsys.readouterr().err
     rates = []
     for epoch in range(epochs):
         rates.append(gates.drop_path_rates[-1])
@@ -260,6 +260,7 @@ def test_rates_follow_the_epoch_that_timms_scheduler_is_told(prefix, capsys, nam
     (dict(when='late', cutoff=9), 0.4, 'cosine', 'drop_path_cutoff is 9, and the training ends after 7 epochs'),
     (dict(when='late', cutoff=3), 0., 'cosine', '--drop-path-when: no network has a drop path rate above 0'),
     (dict(when='late', cutoff=3), 0.4, 'none', 'the script has none'),
+    (dict(when='late', cutoff=-3), 0.4, 'cosine', 'drop_path_cutoff is -3'),
     (dict(cutoff=3), 0.4, 'cosine', "drop_path_when 'standard' has none"),
 ])
 def test_a_schedule_that_can_not_be_is_one_line(prefix, capsys, flags, rate, sched, words):

@@ -155,9 +155,9 @@ def test_networks_of_other_libraries():
 # --- which blocks go
 
 
-def order_of(name):
-    blocks = _find_blocks(timm.create_model(name), None)
-    names = [blocks[index].name for index in _from_the_ends([block.features for block in blocks])]
+def order_of(name, **kwargs):
+    blocks = _find_blocks(timm.create_model(name, **kwargs), None)
+    names = [blocks[index].name for index in _from_the_ends([block.size for block in blocks])]
     assert sorted(names) == sorted(block.name for block in blocks)
     return names
 
@@ -173,6 +173,19 @@ def test_a_stage_is_what_has_one_size_however_its_blocks_are_nested():
     names = order_of('davit_tiny')
     assert names[:4] == ['stages.2.blocks.2.1', 'stages.2.blocks.2.0', 'stages.3.blocks.0.1', 'stages.2.blocks.1.1']
     assert set(names[-4:]) == {f'stages.{stage}.blocks.0.0' for stage in range(4)}
+
+
+def test_stages_of_as_many_numbers_are_two_all_the_same():
+    """Half the height and width and four times the channels."""
+    names = order_of('convnext_atto', dims=(8, 32, 64, 128))
+    assert set(names[-4:]) == {f'stages.{stage}.blocks.0' for stage in range(4)}
+
+
+def test_compiled_blocks_are_no_reason_to_find_none():
+    model = timm_sd.add_stochastic_depth(timm.create_model('test_convnext'), 0.5)
+    timm_sd.compile_blocks(model, backend='eager')
+    with pytest.raises(ValueError, match='shorten it before compile_blocks'):
+        timm_sd.shorten(model, blocks=3)
 
 
 @pytest.mark.parametrize(('name', 'share'), [('convnext_atto', 0.75), ('resnet18', 0.6), ('sd_resnet20_cifar', 0.9)])
@@ -224,6 +237,8 @@ def test_batch_norm_is_estimated_anew_only_where_it_is_asked_for():
     (dict(blocks=7), 'blocks is 7; ResNetCifar has 6 residual blocks'),
     (dict(blocks=-1), 'blocks is -1'),
     (dict(blocks=3.), 'blocks is 3.0'),
+    (dict(blocks=True), 'blocks is True'),
+    (dict(share=True), 'share is True'),
     (dict(blocks='3'), "blocks is '3'"),
     (dict(share='0.8'), "share is '0.8'"),
     (dict(blocks=3, bn_batches=iter(())), 'bn_batches holds no images'),
@@ -353,7 +368,7 @@ def test_weights_of_other_blocks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(('kwargs', 'words'), [
-    ({}, 'is made by timm_sd.shorten'), (dict(architecture='shortened'), "'shortened' is none that it could be of"),
+    ({}, "can't be created by itself"), (dict(architecture='shortened'), "'shortened' is no network"),
     (dict(architecture='resnet18', drop_path_rate=0.2), 'call timm_sd.add_stochastic_depth'),
 ])
 def test_the_architecture_by_itself_is_refused(kwargs, words):

@@ -128,7 +128,7 @@ def test_without_the_flag_no_gate_is_drawn_but_advice_is_given(runs):
 def test_rates_change_over_the_epochs(runs):
     early = '--drop-path-when', 'early', '--drop-path-cutoff', '2'
     stderr = runs.train('early', prefix=early, epochs=4)
-    assert 'timm_sd: drop path rates over 4 epochs: early to epoch 2, constant' in stderr
+    assert 'timm_sd: drop path rates over 4 epochs: early (before epoch 2), constant' in stderr
     gates = runs.gates('early')
     closed = {key: not all(is_open) for key, is_open in gates.items()}
     assert any(closed.values())
