@@ -160,20 +160,20 @@ class Evaluation:
     """How networks are evaluated.
 
     Attributes:
-        model: timm's name of theirs.
         images: How images are looked at.
         network: See `NetworkSettings`.
         cfg: The data config of timm: image size, mean and std, crop.
         accelerator: Says who we are among the processes.
         split: What is evaluated.
+        where: Where that came from.
         amp_dtype: Of autocast.
     """
-    model: str
     images: ImageSettings
     network: NetworkSettings
     cfg: dict[str, Any]
     accelerator: Accelerator
     split: Images
+    where: str
     amp_dtype: str
 
     @property
@@ -189,10 +189,10 @@ class Evaluation:
         metrics = evaluate(model, self.batches(self.split), self.accelerator,
                            autocast(self.accelerator.device, bool(self.network.amp), dtype=self.amp_dtype))
         if not math.isfinite(metrics['loss']):
-            raise UserError(f'the outputs of {self.model} are not finite on these images')
+            raise UserError(f'the outputs of {self.network.model} are not finite on {self.where}')
         in_memory, cfg = self.images.in_memory, self.cfg
         return dict(
-            model=self.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
+            model=self.network.model, top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
             top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
             param_count=round(sum(param.numel() for param in model.parameters()) / 1e6, 2), img_size=self.size,
             crop_pct=1.0 if in_memory else cfg['crop_pct'],
@@ -263,7 +263,7 @@ def main() -> None:
             each.to(memory_format=torch.channels_last)
     # As timm's script: registered weights are evaluated at their test size, a checkpoint at train.py's.
     cfg = resolve_data_config(pretrained_cfg=model.pretrained_cfg, use_test_size=not flags.checkpoint)
-    evaluation = Evaluation(flags.model, images, network, cfg, accelerator, loaded, flags.amp_dtype)
+    evaluation = Evaluation(images, network, cfg, accelerator, loaded, split.where, flags.amp_dtype)
     if depths.depths:
         found = evaluate_depths(evaluation, models, flags, depths, names)
         print_depths(found['rows'])
