@@ -18,7 +18,7 @@ from timm_sd.prefix import Prefix
 
 USAGE = ('usage: python -m timm_sd [--drop-path-mode batch|subset] [--drop-path-schedule linear|uniform] '
          '[--drop-path-scale train|eval] [--drop-path-when standard|early|late] [--drop-path-change constant|linear] '
-         '[--drop-path-cutoff EPOCHS] SCRIPT [ARGS ...]')
+         '[--drop-path-cutoff EPOCH] SCRIPT [ARGS ...]')
 VERSIONS = f'timm_sd {timm_sd.__version__} in {timm_sd.__path__[0]}, timm {timm.__version__} in {timm.__path__[0]}'
 
 

@@ -85,6 +85,11 @@ class DepthGates:
         if self.over_time is not None:
             raise ValueError(f'the drop path rates follow the epoch, {self.over_time.describe()}; end that by '
                              "set_drop_path_when('standard', epochs) before others are set")
+        self._set_full_rates(rates)
+        self._follow_epoch()
+
+    def _set_full_rates(self, rates: Sequence[float]) -> None:
+        """Sets what the rates of an epoch are a share of."""
         if len(rates) != len(self.open):
             raise ValueError(f'{len(rates)} drop path rates for {len(self.open)} blocks')
         self._full_rates = tuple(check_rate(f'drop_path_rate of block {block}', rate)
@@ -92,7 +97,6 @@ class DepthGates:
         # A network that never had a rate stays a plain one, which torch.compile takes whole. One that had asks its
         # gates even at rate 0: a recomputation may belong to a pass before that.
         self.active = self.active or any(self._full_rates)
-        self._follow_epoch()
 
     def set_drop_path_rate(self, drop_path_rate: float) -> None:
         """Spreads another rate over the blocks, by the schedule of the first one.
@@ -219,13 +223,8 @@ class DepthGates:
         Raises:
             ValueError: If it was taken of a network of another depth.
         """
+        self._set_full_rates(state['drop_path_rates'])
         over_time = state.get('over_time', self.over_time)  # an older version's state has none
-        before, self.over_time = self.over_time, None
-        try:
-            self.drop_path_rates = state['drop_path_rates']
-        except ValueError:
-            self.over_time = before
-            raise
         self.over_time = over_time and RateOverTime(*over_time)
         self.seed, self.epoch, self.step, self._epoch_is_told = state['seed'], state['epoch'], state['step'], True
         self.active = self.active or state['active']

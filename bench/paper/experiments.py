@@ -92,7 +92,7 @@ class Experiment:
             words.append('plain')
         if self.lr is not None:
             words.append(f'lr{self.lr}')
-        if (self.when, self.change) != ('standard', 'constant'):
+        if not self.over_time('full').is_constant:
             words += [self.when, self.change, *([str(self.cutoff)] if self.cutoff else [])]
         return '-'.join([*words, budget, str(seed)])
 
@@ -108,8 +108,8 @@ class Experiment:
         changed: dict[str, Any] = dict(
             model=self.model, drop_path=self.drop_path, drop_path_schedule=self.schedule, drop_path_scale=self.scale,
             epochs=epochs, seed=seed, log_gradients=True)
-        if (self.when, self.change) != ('standard', 'constant'):
-            over_time = self.over_time(budget)
+        over_time = self.over_time(budget)
+        if not over_time.is_constant:
             changed.update(drop_path_when=self.when, drop_path_change=self.change, drop_path_cutoff=over_time.cutoff)
         if budget in TIMES_FITTED:
             recipe = read_recipe(name)

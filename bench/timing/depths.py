@@ -36,7 +36,7 @@ class DepthsSettings:
     @property
     def depths(self) -> list[dict[str, Any]]:
         """What `timm_sd.shorten` is told of each depth."""
-        return [*(dict(blocks=number) for number in self.blocks or ()),
+        return [*(dict(blocks=blocks) for blocks in self.blocks or ()),
                 *(dict(share=share) for share in self.share or ())]
 
 
