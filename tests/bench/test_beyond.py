@@ -59,6 +59,20 @@ def test_errors_are_means_and_seconds_are_compared_within_a_machine(tmp_path):
     assert (tmp_path / 'reproduction' / picture).stat().st_size > 10_000
 
 
+def test_an_epoch_that_other_work_slowed_down_does_not_move_the_ratio(tmp_path):
+    here = dict(device='here', threads=1)
+    for kind, seconds in (('constant depth', 100.), ('p_L = 0.5', 75.)):
+        for seed in range(3):
+            rows = rows_of(seconds)
+            if kind == 'constant depth' and seed == 1:
+                rows[4]['train_seconds'] *= 10
+            add_run(tmp_path, f'{kind}-{seed}', run_of(kind, seed, hardware=here), rows)
+    (tmp_path / 'reproduction').mkdir()
+    _, (_, row) = tables(over_time(KeptRuns(tmp_path / 'runs'), tmp_path / 'reproduction'))
+    assert row[1] == '110 ± 17 (3) (1.000)'
+    assert row[3] == '75 ± 0 (3) (0.750)'
+
+
 def test_a_rate_that_rises_over_the_whole_training_is_another_training():
     rising, steady = Experiment(recipe='cifar10_30', depth=20, scale='train', change='linear'), OVER_TIME['p_L = 0.5']
     assert rising.name('full', 0) == 'cifar10_30-20-0.5-linear-train-standard-linear-full-0'
