@@ -13,7 +13,6 @@ import harness.interrupts  # noqa: F401  (before the imports that take seconds)
 # isort: split
 import statistics
 
-import timm_sd
 from harness.cli import Parser, add_flags, make_settings, run_script
 from paper.experiments import BY_MODE, TARGETS, Experiment
 from paper.report import Report
@@ -45,12 +44,10 @@ def estimated_epoch_seconds(experiment: Experiment, budget: str, step: float) ->
         budget: Of `BUDGETS`.
         step: Seconds of a step of 128 images at constant depth.
     """
-    blocks = (experiment.depth - 2) // 2
-    rates = timm_sd.drop_path_rates(blocks, experiment.drop_path, experiment.schedule)
-    dropped = experiment.over_time(budget).mean_share * sum(rates) / blocks
-    open_share = 1 - dropped if experiment.mode == 'batch' else 1.  # subset saves, but copies too
+    # Mode subset saves too, but it copies.
+    depth = experiment.expected_depth(budget) if experiment.mode == 'batch' else experiment.blocks
     train, validation = IMAGES['digits' if budget == 'smoke' else experiment.data]
-    return step * (train * open_share + validation / 3) / 128
+    return step * (train * depth / experiment.blocks + validation / 3) / 128
 
 
 def step_seconds(depth: int, settings: RunSettings, cuda_graphs: bool) -> float:

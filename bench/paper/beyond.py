@@ -40,11 +40,12 @@ def over_time(kept: KeptRuns, folder: Path) -> str:
              '20 layers on CIFAR-10+ by the recipe [cifar10_30](../../recipes/cifar10_30.yaml), linear decay, scale '
              '`train`. `early, linear`: the rate falls from 0.5 to 0 in the first 15 of 30 epochs. `late`: blocks drop '
              'in the last 15 (*Dropout Reduces Underfitting*, arXiv 2303.01500).\n',
-             '| | training loss | validation error | test error | seeds | on |', '|---|---|---|---|---|---|']
+             '| | blocks that run, of 9 | training loss | validation error | test error | seeds | on |',
+             '|---|---|---|---|---|---|---|']
     for kind, runs in found.items():
         validation = [results['val_top1_err'] for results in runs.results]
-        lines.append(f'| {kind} | {cell(runs.losses, 3)} | {cell(validation)} | {cell(runs.errors)} | {seeds(runs)} '
-                     f'| {machines(runs)} |')
+        lines.append(f'| {kind} | {OVER_TIME[kind].expected_depth("full"):.2f} | {cell(runs.losses, 3)} '
+                     f'| {cell(validation)} | {cell(runs.errors)} | {seeds(runs)} | {machines(runs)} |')
     lines += ['\nSeconds of the training steps of all 30 epochs; in brackets the ratio to constant depth, where each '
               'epoch counts with its median over the seeds. Times are compared within one machine.\n',
               f'| on | {" | ".join(OVER_TIME)} |', '|---' * (1 + len(OVER_TIME)) + '|']
@@ -53,7 +54,7 @@ def over_time(kept: KeptRuns, folder: Path) -> str:
         cells = []
         for kind in OVER_TIME:
             seeds_rows = by_kind.get(kind, [])
-            ratio = f' ({sum(seconds_of_epochs(seeds_rows)) / base:.3f})' if seeds_rows and base else ''
+            ratio = f' ({sum(seconds_of_epochs(seeds_rows)) / base:.2f})' if seeds_rows and base else ''
             cells.append(cell([sum(row['train_seconds'] for row in rows) for rows in seeds_rows], 0) + ratio)
         lines.append(f'| {place} | {" | ".join(cells)} |')
     save_over_time(places, folder / 'over_time.png')

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.recipes import changed_by_run, changed_from_recipe, command_line, parse_train_flags, read_recipe
 from paper import numbers
-from timm_sd.rates import RateOverTime
+from timm_sd.rates import RateOverTime, drop_path_rates
 
 # How long a training is: `full` is the recipe's epochs, which are the paper's where the recipe is. `smoke` tries the
 # machinery on handwritten digits, by the recipe quickstart, and shows nothing about the paper. `fitted` and `twice` are
@@ -79,6 +79,16 @@ class Experiment:
         """How the rates change; the cutoff in proportion to the epochs."""
         epochs, full = self.epochs(budget) or 1, read_recipe(self.recipe)['epochs']
         return RateOverTime(self.when, epochs, self.change, self.cutoff and round(self.cutoff * epochs / full))
+
+    @property
+    def blocks(self) -> int:
+        """The residual blocks."""
+        return (self.depth - 2) // 2
+
+    def expected_depth(self, budget: str) -> float:
+        """The residual blocks that a training step is expected to run, on the average of all epochs."""
+        rates = drop_path_rates(self.blocks, self.drop_path, self.schedule)
+        return self.blocks - self.over_time(budget).mean_share * sum(rates)
 
     def name(self, budget: str, seed: int) -> str:
         """Of the run folder. Mode, scale, augmentation, learning rate and time are named where not the paper's."""

@@ -8,7 +8,7 @@ from harness.run_folder import COLUMNS
 from paper.beyond import depth_after_training, over_time
 from paper.experiments import OVER_TIME, Experiment, training_of_experiment, training_of_run
 from paper.kept import KeptRuns
-from support.commands import BENCH
+from support.commands import BENCH, ROOT
 from support.markdown import pictures, tables
 from support.runs import add_run, kept_runs, made_up
 
@@ -46,15 +46,16 @@ def test_errors_are_means_and_seconds_are_compared_within_a_machine(tmp_path):
     text = over_time(KeptRuns(tmp_path / 'runs'), tmp_path / 'reproduction')
     errors, seconds = tables(text)
     assert [row[0] for row in errors[1:]] == list(OVER_TIME)
-    assert {row[3] for row in errors[1:]} == {'10.00 ± 1.00 (3)'}
-    assert {row[4] for row in errors[1:]} == {'3'}
+    assert [row[1] for row in errors[1:]] == ['9.00', '8.00', '6.50', '8.33', '7.75']
+    assert {row[4] for row in errors[1:]} == {'10.00 ± 1.00 (3)'}
+    assert {row[5] for row in errors[1:]} == {'3'}
     head, on_fast, on_slow = seconds
     assert head[1:] == list(OVER_TIME)
     assert on_fast[0].startswith('fast, ')
     assert on_fast[0].endswith('2 threads')
-    assert on_fast[1] == f'101 ± {statistics.stdev([100, 102]):.0f} (2) (1.000)'
-    assert on_fast[3].endswith('(0.750)')
-    assert on_slow[3] == '225 (0.750)'
+    assert on_fast[1] == f'101 ± {statistics.stdev([100, 102]):.0f} (2) (1.00)'
+    assert on_fast[3].endswith('(0.75)')
+    assert on_slow[3] == '225 (0.75)'
     (picture,) = pictures(text)
     assert (tmp_path / 'reproduction' / picture).stat().st_size > 10_000
 
@@ -69,8 +70,17 @@ def test_an_epoch_that_other_work_slowed_down_does_not_move_the_ratio(tmp_path):
             add_run(tmp_path, f'{kind}-{seed}', run_of(kind, seed, hardware=here), rows)
     (tmp_path / 'reproduction').mkdir()
     _, (_, row) = tables(over_time(KeptRuns(tmp_path / 'runs'), tmp_path / 'reproduction'))
-    assert row[1] == '110 ± 17 (3) (1.000)'
-    assert row[3] == '75 ± 0 (3) (0.750)'
+    assert row[1] == '110 ± 17 (3) (1.00)'
+    assert row[3] == '75 ± 0 (3) (0.75)'
+
+
+def test_the_main_readme_has_the_errors_and_times_of_the_report():
+    report = tables((BENCH / 'results' / 'reproduction' / 'REPRODUCTION.md').read_text())
+    rows = {row[0]: (row[1], row[4].removesuffix(' (3)')) for table in report for row in table if row[0] in OVER_TIME}
+    ((_, (_, *seconds)),) = [table for table in report if table[0][1:] == list(OVER_TIME)]
+    times = [cell.rpartition('(')[2].rstrip(')') for cell in seconds]
+    (table,) = [table for table in tables((ROOT / 'README.md').read_text()) if table[1][0] == 'constant depth']
+    assert table[1:] == [[kind, *rows[kind], time] for kind, time in zip(OVER_TIME, times, strict=True)]
 
 
 def test_a_rate_that_rises_over_the_whole_training_is_another_training():
