@@ -53,9 +53,9 @@ def over_time(kept: KeptRuns, folder: Path) -> str:
         base = sum(seconds_of_epochs(by_kind.get('constant depth', [])))
         cells = []
         for kind in OVER_TIME:
-            seeds_rows = by_kind.get(kind, [])
-            ratio = f' ({sum(seconds_of_epochs(seeds_rows)) / base:.2f})' if seeds_rows and base else ''
-            cells.append(cell([sum(row['train_seconds'] for row in rows) for rows in seeds_rows], 0) + ratio)
+            trained = by_kind.get(kind, [])
+            ratio = f' ({sum(seconds_of_epochs(trained)) / base:.2f})' if trained and base else ''
+            cells.append(cell([sum(row['train_seconds'] for row in rows) for rows in trained], 0) + ratio)
         lines.append(f'| {place} | {" | ".join(cells)} |')
     save_over_time(places, folder / 'over_time.png')
     return '\n'.join([*lines, '\n![validation error over seconds of training](over_time.png)'])
